@@ -1,0 +1,1 @@
+"""Exercises: their catalogue, the verdict on an answer, the name of its mistake, and class runs."""

@@ -1,0 +1,19 @@
+"""What the book needs beyond the stock Sphinx extensions.
+
+* ``offline``: MathJax, icons and theme files are served with the pages, nothing from elsewhere.
+* ``library``: a changed library makes the pages run again.
+* ``exercises``: the ``{exercise-links}`` directive and the notebooks to download.
+* ``repository``: links to the repository where its address is known.
+"""
+
+from __future__ import annotations
+
+from sphinx.application import Sphinx
+
+from . import exercises, library, offline, repository
+
+
+def setup(app: Sphinx) -> dict[str, bool]:
+    for part in (offline, library, exercises, repository):
+        part.setup(app)
+    return {"parallel_read_safe": True, "parallel_write_safe": True}

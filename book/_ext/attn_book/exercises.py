@@ -28,7 +28,10 @@ def hosted_links(name: str) -> list[tuple[str, str]]:
     where = url.removeprefix("https://github.com/")
     path = f"exercises/{name}.ipynb"
     return [
-        ("Open in Colab", f"https://colab.research.google.com/github/{where}/blob/{branch()}/{path}"),
+        (
+            "Open in Colab",
+            f"https://colab.research.google.com/github/{where}/blob/{branch()}/{path}",
+        ),
         (
             "Open in Binder",
             f"https://mybinder.org/v2/gh/{where}/{branch()}?labpath={quote(path, safe='')}",

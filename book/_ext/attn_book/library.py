@@ -3,21 +3,28 @@
 The execution cache compares a page's code cells only; it does not notice that the functions they
 call have changed. Here its folder is named after a digest of the library and of the benchmark
 results, and a build whose digest differs from the last one reads every page anew.
+
+Sphinx has one more trap: a build that failed on a warning passes when it is repeated, because the
+page that warned is not read again. Here only a clean build is built upon.
 """
 
 from __future__ import annotations
 
 import hashlib
 import importlib.util
+import os
 import shutil
+from collections.abc import Iterable
 from pathlib import Path
 
 from sphinx.application import Sphinx
 from sphinx.config import Config
 from sphinx.environment import BuildEnvironment
 
-RESULTS = Path(__file__).resolve().parents[3] / "benchmarks" / "results"
-KEEP = 2  # digests whose outputs are kept, so that going back and forth stays quick
+HERE = Path(__file__).resolve().parent
+RESULTS = HERE.parents[2] / "benchmarks" / "results"
+KEEP = 2  # libraries whose outputs are kept, so that going back and forth stays quick
+CLEAN = "clean"  # file that says the last build had neither error nor warning
 
 
 def library_folder() -> Path:
@@ -28,14 +35,25 @@ def library_folder() -> Path:
     return Path(spec.submodule_search_locations[0])
 
 
+def digest_of(paths: Iterable[Path], *texts: str) -> str:
+    digest = hashlib.sha256()
+    for path in sorted(paths):
+        digest.update(path.name.encode() + b"\0" + path.read_bytes() + b"\0")
+    for text in texts:
+        digest.update(text.encode() + b"\0")
+    return digest.hexdigest()[:16]
+
+
 def library_digest() -> str:
     """Changes whenever a source file, a style sheet or a benchmark result changes."""
-    folder = library_folder()
-    sources = [p for p in folder.rglob("*") if p.suffix in {".py", ".mplstyle"}]
-    digest = hashlib.sha256()
-    for path in sorted([*sources, *RESULTS.glob("*.json")]):
-        digest.update(path.name.encode() + b"\0" + path.read_bytes() + b"\0")
-    return digest.hexdigest()[:16]
+    sources = [p for p in library_folder().rglob("*") if p.suffix in {".py", ".mplstyle"}]
+    return digest_of([*sources, *RESULTS.glob("*.json")])
+
+
+def page_digest() -> str:
+    """Changes with the library, with this extension and with what fills the links."""
+    variables = sorted(f"{k}={v}" for k, v in os.environ.items() if k.startswith("ATTN_"))
+    return digest_of(HERE.rglob("*.py"), library_digest(), *variables)
 
 
 def key_cache(app: Sphinx, config: Config) -> None:
@@ -50,13 +68,31 @@ def key_cache(app: Sphinx, config: Config) -> None:
         shutil.rmtree(old)
 
 
-def outdated(app: Sphinx, env: BuildEnvironment, added, changed, removed) -> list[str]:  # type: ignore[no-untyped-def]
+def forget_unclean_build(app: Sphinx, config: Config) -> None:
+    doctrees = Path(app.doctreedir)
+    if not (doctrees / CLEAN).exists():
+        (doctrees / "environment.pickle").unlink(missing_ok=True)
+    (doctrees / CLEAN).unlink(missing_ok=True)
+
+
+def mark_clean_build(app: Sphinx, exception: Exception | None) -> None:
+    # Sphinx has no public count of the warnings it gave.
+    if exception is None and app._warncount == 0:
+        (Path(app.doctreedir) / CLEAN).touch()
+
+
+def outdated(
+    app: Sphinx, env: BuildEnvironment, added: set[str], changed: set[str], removed: set[str]
+) -> list[str]:
     """Every page, when the library is not the one of the last build."""
-    digest = Path(app.config.nb_execution_cache_path).name
-    last, env.attn_library = getattr(env, "attn_library", None), digest
+    digest = page_digest()
+    last = getattr(env, "attn_pages", None)
+    env.attn_pages = digest  # type: ignore[attr-defined]
     return [] if last in (None, digest) else sorted(env.found_docs)
 
 
 def setup(app: Sphinx) -> None:
     app.connect("config-inited", key_cache, priority=100)
+    app.connect("config-inited", forget_unclean_build)
     app.connect("env-get-outdated", outdated)
+    app.connect("build-finished", mark_clean_build, priority=900)

@@ -1,0 +1,131 @@
+"""Why an answer is wrong: the known mistake that reproduces it, else what can be observed.
+
+A mistake is named only where its function returns the learner's numbers in every case of both
+draws (the same NaN and infinities, the same kind of exception) and differs from the expected
+values in each draw. So one coincidence on one input never accuses anybody.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import numpy as np
+
+from attn_lessons.grading import compare, relations
+from attn_lessons.grading.exercise import Case, Exercise, Mistake
+from attn_lessons.grading.learner import call
+from attn_lessons.grading.records import Diagnosis, Returned
+
+# A learner's rounding may differ from the mistake's by more than a right answer's from the
+# reference (a dropped maximum loses digits), yet has to be far nearer to it than to the truth.
+LOOSENESS = 1e4
+NEARER = 1e-2
+ROUNDING = 1e-12
+
+Draws = Sequence[Sequence[Case]]
+Results = Sequence[Sequence[Returned]]
+
+
+def diagnose(exercise: Exercise, draws: Draws, returned: Results, wanted: Results) -> Diagnosis:
+    """The named mistake of a wrong answer, or observations about it."""
+    named = name_mistake(exercise, draws, returned, wanted)
+    if named is not None:
+        return Diagnosis(named.name, named.why, named.section)
+    if relations.only_mutated(exercise, draws, returned, wanted):
+        return _changes_input(returned)
+    return Diagnosis(observations=relations.observe(exercise, draws, returned, wanted))
+
+
+def name_mistake(
+    exercise: Exercise, draws: Draws, returned: Results, wanted: Results
+) -> Mistake | None:
+    """The mistake that reproduces the answer; of several the closest, then the first listed."""
+    found = [
+        (distance, mistake)
+        for mistake in exercise.mistakes
+        if (distance := _distance(mistake, exercise, draws, returned, wanted)) is not None
+    ]
+    # Distances below rounding say nothing about which is closer; min() keeps the listed order.
+    return min(found, key=lambda pair: max(pair[0], ROUNDING), default=(0.0, None))[1]
+
+
+def _distance(
+    mistake: Mistake, exercise: Exercise, draws: Draws, returned: Results, wanted: Results
+) -> float | None:
+    """The largest relative distance of the answer from the mistake, None where they part."""
+    total, values_met = 0.0, False
+    for cases, gots, wants in zip(draws, returned, wanted, strict=True):
+        differs = False
+        for case, got, want in zip(cases, gots, wants, strict=True):
+            wrong = call(mistake.answer, case)
+            gap = _gap(got, wrong, want, exercise, case)
+            if gap is None:
+                return None
+            total = max(total, gap)
+            values_met = values_met or wrong.error is None
+            differs = differs or compare.fault(wrong, want, exercise, case) is not None
+        if not differs:
+            return None
+    return total if values_met else None
+
+
+def _gap(
+    got: Returned, wrong: Returned, want: Returned, exercise: Exercise, case: Case
+) -> float | None:
+    """Relative distance of one result from the mistake's; None where they are not the same."""
+    if wrong.error is not None or got.error is not None:
+        return 0.0 if wrong.error == got.error else None
+    if wrong.mutated and got.mutated != wrong.mutated:
+        return None
+    try:
+        pairs = compare.leaves(got.value, wrong.value, exercise.returns)
+        truth = (
+            compare.leaves(got.value, want.value, exercise.returns) if want.error is None else []
+        )
+    except compare.StructureError:
+        return None
+    truth = truth if len(truth) == len(pairs) else []
+    worst = 0.0
+    for i, leaf in enumerate(pairs):
+        gap = _leaf_gap(leaf, truth[i] if truth else None, exercise, case)
+        if gap is None:
+            return None
+        worst = max(worst, gap)
+    return worst
+
+
+def _leaf_gap(
+    leaf: compare.Leaf, truth: compare.Leaf | None, exercise: Exercise, case: Case
+) -> float | None:
+    if not isinstance(leaf.want, np.ndarray):
+        return 0.0 if leaf.got == leaf.want else None
+    if leaf.got.shape != leaf.want.shape or (leaf.got.dtype.kind == "b") != (
+        leaf.want.dtype.kind == "b"
+    ):
+        return None
+    if leaf.want.size == 0:
+        return 0.0
+    allowed = compare.tolerance(leaf, exercise, case)
+    off = float(compare.difference(leaf.got, leaf.want).max())
+    limit = allowed.absolute
+    if (
+        truth is not None
+        and isinstance(truth.want, np.ndarray)
+        and (truth.want.shape == leaf.got.shape)
+    ):
+        from_truth = float(compare.difference(truth.got, truth.want).max(initial=0.0))
+        limit = max(limit, min(LOOSENESS * limit, NEARER * from_truth))
+    else:
+        limit *= LOOSENESS
+    return off / allowed.scale if off <= limit else None
+
+
+def _changes_input(returned: Results) -> Diagnosis:
+    names = next(got.mutated for gots in returned for got in gots if got.mutated)
+    shown = " and ".join(names)
+    return Diagnosis(
+        mistake="changes its input",
+        why=f"What is returned is right, but {shown} no longer holds what the caller put there: "
+        "an in-place step (`x -= …`, `x[i] = …`, `out=x`) worked on the caller's array instead of "
+        "a copy.",
+    )

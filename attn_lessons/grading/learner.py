@@ -1,0 +1,197 @@
+"""The kernel's side: calls the learner's function and hands on what it did, right or wrong.
+
+Nothing here knows an expected value, and nothing here imports the catalogue.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import copy
+import io
+import json
+import linecache
+import os
+import sys
+import types
+import warnings
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from typing import Any
+
+import numpy as np
+
+from attn_lessons.grading.protocol import (
+    MAX_DEPTH,
+    MIME,
+    ProtocolError,
+    decode,
+    encode_returned,
+    layout_of,
+    with_layout,
+)
+from attn_lessons.grading.records import Returned
+
+LONGEST_MESSAGE = 500
+
+
+def call(
+    function: Callable[..., Any],
+    args: Sequence[Any],
+    kwargs: Mapping[str, Any] | None = None,
+    names: Sequence[str] = (),
+) -> Returned:
+    """Call ``function`` on fresh writeable copies and say what it returned, raised and changed.
+
+    ``names`` are the positional parameters' names, for saying which argument was changed.
+    """
+    given = [fresh(value) for value in args]
+    named = {key: fresh(value) for key, value in (kwargs or {}).items()}
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            value = plain(function(*given, **named))
+    except KeyboardInterrupt:
+        raise
+    except BaseException as error:  # SystemExit too: a verdict is still due
+        message = _where(error, function)
+        return Returned(error=type(error).__name__, error_message=message)
+    labels = [*names[: len(args)], *(f"argument {i + 1}" for i in range(len(names), len(args)))]
+    mutated = [n for n, old, new in zip(labels, args, given, strict=True) if not same(old, new)]
+    mutated += [key for key, new in named.items() if not same((kwargs or {})[key], new)]
+    return Returned(value=value, mutated=tuple(mutated))
+
+
+def fresh(value: Any) -> Any:
+    """A writeable copy that lies in memory as the original does."""
+    match value:
+        case np.ndarray():
+            return with_layout(value, layout_of(value))
+        case tuple() | list():
+            return type(value)(fresh(item) for item in value)
+        case dict():
+            return {key: fresh(item) for key, item in value.items()}
+    return copy.deepcopy(value)
+
+
+def same(old: Any, new: Any) -> bool:
+    """Whether nothing in ``old`` was changed in ``new`` (NaN equals NaN here)."""
+    match old:
+        case np.ndarray():
+            if not isinstance(new, np.ndarray) or (old.shape, old.dtype) != (new.shape, new.dtype):
+                return False
+            return np.array_equal(old, new, equal_nan=old.dtype.kind in "fc")
+        case tuple() | list():
+            same_length = len(old) == len(new)
+            return same_length and all(same(a, b) for a, b in zip(old, new, strict=True))
+        case dict():
+            return list(old) == list(new) and all(same(old[key], new[key]) for key in old)
+    return bool(old == new) or old != old
+
+
+def plain(value: Any, depth: int = 0) -> Any:
+    """``value`` as plain data: whatever holds numbers becomes an array, nesting is kept."""
+    if depth > MAX_DEPTH:
+        raise TypeError(f"the returned value is nested deeper than {MAX_DEPTH}")
+    match value:
+        case None | bool() | int() | float() | complex() | str() | np.generic():
+            return value
+        case np.ndarray():
+            return _numeric(np.array(value, subok=False))
+        case tuple():
+            return tuple(plain(item, depth + 1) for item in value)
+        case list():
+            return [plain(item, depth + 1) for item in value]
+        case Mapping():
+            return {str(key): plain(item, depth + 1) for key, item in value.items()}
+    if hasattr(value, "detach"):  # a torch tensor that may want gradients
+        value = value.detach().cpu()
+        if "bfloat16" in str(value.dtype):  # NumPy has no such type
+            value = value.float()
+    return _numeric(np.array(value))
+
+
+def find(name: str, namespace: Mapping[str, Any]) -> Callable[..., Any] | None:
+    """The function of this name, or None where the learner has not defined one."""
+    found = namespace.get(name)
+    return found if callable(found) else None
+
+
+def quiet() -> None:
+    """Keep what a graded notebook prints short, and make its own ``check`` calls do nothing."""
+    import attn_lessons
+
+    sys.stdout, sys.stderr = _Short(), _Short()
+    vars(attn_lessons)["check"] = lambda *_args, **_kwargs: None
+
+
+def emit(name: str, namespace: Mapping[str, Any], message: str) -> None:
+    """Run the sent draws of one exercise and publish what came back, for the grader to judge."""
+    from IPython.display import publish_display_data
+
+    function = find(name, namespace)
+    if function is None:
+        publish_display_data({MIME: {"exercise": name, "defined": False, "draws": []}})
+        return
+    sent = decode(json.loads(message))
+    with contextlib.redirect_stdout(io.StringIO()), contextlib.redirect_stderr(io.StringIO()):
+        draws = [[_sendable(outcome) for outcome in _run(function, d)] for d in sent["draws"]]
+    publish_display_data({MIME: {"exercise": name, "defined": True, "draws": draws}})
+
+
+def _run(function: Callable[..., Any], draw: Mapping[str, Any]) -> Iterator[Returned]:
+    for args, kwargs in draw["calls"]:
+        yield call(function, args, kwargs, draw["names"])
+
+
+def _sendable(returned: Returned) -> dict[str, Any]:
+    try:
+        return encode_returned(returned)
+    except ProtocolError as error:
+        return encode_returned(Returned(error="TypeError", error_message=str(error)))
+
+
+def _numeric(array: np.ndarray) -> np.ndarray:
+    if array.dtype.kind in "biufc":
+        return array
+    raise TypeError(f"the returned value holds {array.dtype} data; arrays of numbers are expected")
+
+
+def _where(error: BaseException, function: Callable[..., Any]) -> str:
+    """The exception's text with the learner's line, as far as there is one."""
+    text = str(error).strip()[:LONGEST_MESSAGE]
+    line = _learners_line(error.__traceback__, function)
+    return f"{text} {line}".strip() if line else text
+
+
+def _learners_line(trace: types.TracebackType | None, function: Callable[..., Any]) -> str:
+    own = getattr(getattr(function, "__code__", None), "co_filename", None)
+    found = ""
+    while trace is not None:
+        file, number = trace.tb_frame.f_code.co_filename, trace.tb_lineno
+        if own is not None and (file == own or _is_cell(file)):
+            source = linecache.getline(file, number).strip()
+            found = f"(line {number}: {source})" if source else f"(line {number})"
+        trace = trace.tb_next
+    return found
+
+
+def _is_cell(file: str) -> bool:
+    return file.startswith("<ipython-input") or f"{os.sep}ipykernel_" in file
+
+
+class _Short(io.TextIOBase):
+    """A stream that swallows everything: graded notebooks are not read for their prints."""
+
+    encoding = "utf-8"
+
+    def __init__(self) -> None:
+        self.written = 0
+
+    def write(self, text: str) -> int:
+        self.written += len(text)
+        return len(text)
+
+    def isatty(self) -> bool:
+        return False
+
+    def writable(self) -> bool:
+        return True

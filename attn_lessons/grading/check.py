@@ -9,8 +9,8 @@ from typing import Any
 
 import numpy as np
 
-from attn_lessons.grading import catalogue, compare, feedback, learner, seeds
-from attn_lessons.grading.diagnose import Draws, Results, diagnose
+from attn_lessons.grading import catalogue, compare, feedback, seeds
+from attn_lessons.grading.diagnose import Draws, Results, attempt, diagnose
 from attn_lessons.grading.exercise import Case, Exercise
 from attn_lessons.grading.records import Judgement, Mismatch, Returned
 
@@ -50,7 +50,7 @@ def check(exercise_id: str, function: Callable[..., Any]) -> Passed:
             f"got {type(function).__name__}"
         )
     draws = make_draws(exercise, seeds.check_seeds(exercise.id))
-    returned = [[learner.call(function, case) for case in cases] for cases in draws]
+    returned = [[attempt(function, exercise, case) for case in cases] for cases in draws]
     judgement = judge(exercise, draws, returned)
     if judgement.status == "passed":
         return Passed(judgement)
@@ -102,7 +102,7 @@ def judge(exercise: Exercise, draws: Draws, returned: Results) -> Judgement:
 
 def expected(exercise: Exercise, case: Case) -> Returned:
     """What a right answer returns, or the ``ValueError`` it raises, in one case."""
-    want = learner.call(exercise.oracle or exercise.reference, case)
+    want = attempt(exercise.oracle or exercise.reference, exercise, case)
     if want.error not in (None, "ValueError"):
         raise RuntimeError(
             f"the reference of {exercise.id} fails in case {case.name!r}: "

@@ -8,10 +8,10 @@ expected entry of its array, with
 
 ``eps`` is the rounding unit of the coarsest dtype in play (the inputs' and, where the exercise
 allows float32, the result's) and ``n`` the number of entries of the largest array in play. Two
-summation orders of n terms differ by about ``eps * sqrt(n)``; the 256 pays for the roundings before
-and after, in whatever order they come. Where that alone is too tight, because the values come from a cancellation, an
-answer may also differ by what rounding its *inputs* would change: the reference is evaluated a
-second time with every input off by ``eps``.
+summation orders of n terms differ by about ``eps * sqrt(n)``; the 256 pays for the roundings
+before and after, in whatever order they come. Where that alone is too tight, because the values
+come from a cancellation, an answer may also differ by what rounding its *inputs* would change: the
+reference is evaluated a second time with every input off by ``eps``.
 """
 
 from __future__ import annotations

@@ -7,13 +7,14 @@ values in each draw. So one coincidence on one input never accuses anybody.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import inspect
+from collections.abc import Callable, Sequence
+from typing import Any
 
 import numpy as np
 
-from attn_lessons.grading import compare, relations
+from attn_lessons.grading import compare, learner, relations
 from attn_lessons.grading.exercise import Case, Exercise, Mistake
-from attn_lessons.grading.learner import call
 from attn_lessons.grading.records import Diagnosis, Returned
 
 # A learner's rounding may differ from the mistake's by more than a right answer's from the
@@ -24,6 +25,12 @@ ROUNDING = 1e-12
 
 Draws = Sequence[Sequence[Case]]
 Results = Sequence[Sequence[Returned]]
+
+
+def attempt(function: Callable[..., Any], exercise: Exercise, case: Case) -> Returned:
+    """What ``function`` does with one case."""
+    names = tuple(inspect.signature(exercise.reference).parameters)
+    return learner.call(function, case.args, case.kwargs, names)
 
 
 def diagnose(exercise: Exercise, draws: Draws, returned: Results, wanted: Results) -> Diagnosis:
@@ -57,7 +64,7 @@ def _distance(
     for cases, gots, wants in zip(draws, returned, wanted, strict=True):
         differs = False
         for case, got, want in zip(cases, gots, wants, strict=True):
-            wrong = call(mistake.answer, case)
+            wrong = attempt(mistake.answer, exercise, case)
             gap = _gap(got, wrong, want, exercise, case)
             if gap is None:
                 return None

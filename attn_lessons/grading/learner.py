@@ -116,11 +116,12 @@ def find(name: str, namespace: Mapping[str, Any]) -> Callable[..., Any] | None:
 
 
 def quiet() -> None:
-    """Keep what a graded notebook prints short, and make its own ``check`` calls do nothing."""
+    """Swallow what a graded notebook prints, and make its own ``check`` calls do nothing."""
     import attn_lessons
 
-    sys.stdout, sys.stderr = _Short(), _Short()
-    vars(attn_lessons)["check"] = lambda *_args, **_kwargs: None
+    sys.stdout, sys.stderr = _Mute(), _Mute()
+    for name in ("check", "progress"):
+        vars(attn_lessons)[name] = lambda *_args, **_kwargs: None
 
 
 def emit(name: str, namespace: Mapping[str, Any], message: str) -> None:
@@ -178,20 +179,13 @@ def _is_cell(file: str) -> bool:
     return file.startswith("<ipython-input") or f"{os.sep}ipykernel_" in file
 
 
-class _Short(io.TextIOBase):
-    """A stream that swallows everything: graded notebooks are not read for their prints."""
+class _Mute(io.TextIOBase):
+    """A stream that swallows everything: nobody reads what a graded notebook prints."""
 
     encoding = "utf-8"
 
-    def __init__(self) -> None:
-        self.written = 0
-
     def write(self, text: str) -> int:
-        self.written += len(text)
         return len(text)
-
-    def isatty(self) -> bool:
-        return False
 
     def writable(self) -> bool:
         return True

@@ -1,6 +1,7 @@
 """What the book needs beyond the stock Sphinx extensions.
 
 * ``offline``: MathJax, icons and theme files are served with the pages, nothing from elsewhere.
+* ``trim``: what no page uses is left out of the built site.
 * ``library``: a changed library makes the pages run again.
 * ``exercises``: the ``{exercise-links}`` directive and the notebooks to download.
 * ``repository``: links to the repository where its address is known.
@@ -10,10 +11,10 @@ from __future__ import annotations
 
 from sphinx.application import Sphinx
 
-from . import exercises, library, offline, repository
+from . import exercises, library, offline, repository, trim
 
 
 def setup(app: Sphinx) -> dict[str, bool]:
-    for part in (offline, library, exercises, repository):
+    for part in (offline, trim, library, exercises, repository):
         part.setup(app)
     return {"parallel_read_safe": True, "parallel_write_safe": True}

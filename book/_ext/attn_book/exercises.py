@@ -47,8 +47,9 @@ class ExerciseLinks(SphinxDirective):
         if not (EXERCISES / f"{name}.ipynb").exists():
             raise self.error(f"exercise-links: there is no exercises/{name}.ipynb")
         up = "../" * self.env.docname.count("/")
+        lab = f"{up}../lab/tree/{name}.ipynb"
         links = [
-            f'<a class="lab-only" hidden href="{up}../lab/tree/{name}.ipynb">Open in JupyterLab</a>',
+            f'<a class="lab-only" hidden href="{lab}">Open in JupyterLab</a>',
             f'<a href="{up}{DOWNLOADS}/{name}.ipynb" download>Download the notebook</a>',
             *(f'<a href="{href}">{label}</a>' for label, href in hosted_links(name)),
         ]

@@ -34,6 +34,9 @@ LOADED = [
 PACKAGES = ["base", "ams", "boldsymbol", "newcommand", "configmacros"]
 
 
+TEMPLATES = Path(__file__).resolve().parent / "templates"
+
+
 def mathjax_folder() -> Path:
     """The MathJax that ``pip install django-static-mathjax`` brings (it does not need Django)."""
     spec = importlib.util.find_spec("mathjax")
@@ -46,7 +49,6 @@ def configure_mathjax(app: Sphinx, config: Config) -> None:
     settings = dict(config.mathjax3_config or {})
     settings["loader"] = {"load": LOADED}
     settings["tex"] = {"packages": PACKAGES, **settings.get("tex", {})}
-    settings["options"] = {"enableMenu": False, **settings.get("options", {})}
     config.mathjax3_config = settings
 
 
@@ -69,9 +71,19 @@ def drop_thebe(app: Sphinx) -> None:
         for listener in list(app.events.listeners.get(event, [])):
             if listener.handler.__module__.startswith("sphinx_thebe"):
                 app.disconnect(listener.id)
+    sheets = app.registry.css_files
+    sheets[:] = [(name, options) for name, options in sheets if "thebe" not in name]
+    app.config.html_static_path = [
+        path for path in app.config.html_static_path if "sphinx_thebe" not in str(path)
+    ]
+
+
+def own_templates(app: Sphinx, config: Config) -> None:
+    config.templates_path = [str(TEMPLATES), *config.templates_path]
 
 
 def setup(app: Sphinx) -> None:
+    app.connect("config-inited", own_templates)
     app.connect("config-inited", configure_mathjax)
     app.connect("config-inited", lambda app, config: drop_thebe(app))
     app.connect("build-finished", copy_mathjax)

@@ -60,8 +60,8 @@ def is_installed(root: Path, stage: str) -> bool:
     )
 
 
-def check_python(version: Sequence[int] = sys.version_info) -> None:
-    if tuple(version[:2]) < OLDEST_PYTHON:
+def check_python(version: tuple[int, ...] = tuple(sys.version_info[:3])) -> None:
+    if version[:2] < OLDEST_PYTHON:
         raise InstallError(
             f"Python {OLDEST_PYTHON[0]}.{OLDEST_PYTHON[1]} or newer is needed; this is "
             f"{version[0]}.{version[1]} ({sys.executable}). Name another one with "

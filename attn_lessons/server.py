@@ -57,8 +57,8 @@ pre:empty { display: none; }
 <body>
 <main id="page">
 <h1 id="title">The book is being built</h1>
-<p id="text">The exercises are ready in <a href="../lab">JupyterLab</a> already.
-This page turns into the book when it is there.</p>
+<p id="text">The exercises are ready in <a href="../lab">JupyterLab</a> already, at the address
+in the terminal. This page turns into the book when it is there.</p>
 <div class="bar" role="progressbar" aria-label="Building the book" aria-valuemin="0"
   aria-valuemax="100"><div id="fill"></div></div>
 <div id="stage"><span id="what" role="status">Starting</span><span id="since"></span></div>
@@ -132,6 +132,10 @@ class BookHandler(JupyterHandler, web.StaticFileHandler):
     def set_extra_headers(self, path: str) -> None:
         self.set_header("Cache-Control", "no-cache")
 
+    def compute_etag(self) -> str | None:
+        waiting = getattr(self, "absolute_path", None) is None
+        return None if waiting else web.StaticFileHandler.compute_etag(self)
+
     @allow_unauthenticated
     async def get(self, path: str, include_body: bool = True) -> None:
         if read_status(self.status)["ready"]:
@@ -152,6 +156,8 @@ class ToBookHandler(JupyterHandler):
     @allow_unauthenticated
     def get(self) -> None:
         self.redirect(url_path_join(self.base_url, "book/"))
+
+    head = get
 
 
 def stop_with_parent(server: Any) -> PeriodicCallback:

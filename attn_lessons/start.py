@@ -300,7 +300,7 @@ class Book:
     def __post_init__(self) -> None:
         self.since = time.time()
         self.ready = (self.build_folder / bookbuild.STAMP).exists()
-        self.status(what="Waiting to start")
+        self.status(what="Getting ready")
 
     @property
     def build_folder(self) -> Path:
@@ -338,7 +338,7 @@ class Book:
             if step is not None and worked:
                 what, percent = step
                 self.status(what=what, percent=percent)
-                self.terminal.progress("book", what)
+                self.terminal.progress("book", what[0].lower() + what[1:])
         self.ready = True
         self.status(what="Built", percent=100)
         return worked
@@ -351,9 +351,9 @@ def build_step(line: str) -> tuple[str, int] | None:
     """What a line of the builder tells: a step for people, and how far that is in per cent."""
     page = re.match(r"\[(\d+)/(\d+)\] (.+)", line.strip())
     if page:
-        return f"page {page[1]} of {page[2]}, {page[3]}", 5 + 85 * int(page[1]) // int(page[2])
+        return f"Page {page[1]} of {page[2]}, {page[3]}", 5 + 85 * int(page[1]) // int(page[2])
     if line.startswith("Writing"):
-        return line.strip().lower(), 92
+        return line.strip(), 92
     return None
 
 
@@ -461,11 +461,8 @@ def run(options: argparse.Namespace, terminal: Terminal, children: Children) -> 
     state.mkdir(exist_ok=True)
     write_lab_settings(state)
     chapters = [read_chapter(path) for path in sorted(workspace.glob("ch??_*.ipynb"))]
-    kept = "yours are kept" if len(new) < len(chapters) else "copied"
-    terminal.say(
-        "exercises",
-        f"{len(chapters)} chapters in {workspace} ({f'{len(new)} new, ' if new else ''}{kept})",
-    )
+    told = f"{len(new)} of them new" if new else "as you left them"
+    terminal.say("exercises", f"{len(chapters)} chapters in {workspace}, {told}")
 
     book = Book(python, book_root(state), state, terminal, children)
     terminal.progress("JupyterLab", "starting")

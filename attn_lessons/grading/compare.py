@@ -98,6 +98,11 @@ def mismatch(got: Any, want: Any, exercise: Exercise, case: Case) -> Mismatch | 
     return None
 
 
+def wrong_leaf(leaf: Leaf, exercise: Exercise, case: Case) -> Mismatch | None:
+    """What is wrong with one output, or None."""
+    return _kind(leaf) or _shape(leaf) or _finiteness(leaf) or _values(leaf, exercise, case)
+
+
 def leaves(got: Any, want: Any, names: tuple[str, ...] = ()) -> list[Leaf]:
     """Returned and expected arrays, numbers and strings side by side, each with its name."""
     return list(_pairs(got, want, _root(want, names), names))
@@ -154,6 +159,7 @@ def number(value: Any, other: Any = None) -> str:
     shown = value.item() if isinstance(value, np.generic) else value
     if isinstance(shown, bool | int | str) or shown is None:
         return repr(shown)
+    shown = shown + 0.0  # -0.0 reads as 0
     for digits in (4, 6, 9, 12, 17):
         text = format(shown, f".{digits}g")
         if other is None or text != format(other, f".{digits}g"):
@@ -315,10 +321,12 @@ def _off(leaf: Leaf, gap: np.ndarray, allowed: Tolerance) -> Mismatch:
     error = float(gap.max()) / allowed.scale if allowed.scale > 0 else float(gap.max())
     entries = int((gap > allowed.absolute).sum())
     rest = f"{entries} of {gap.size} entries off, this one most; " if gap.size > 1 else ""
-    limit = f", allowed {allowed.relative:.1g}" if allowed.absolute else ", has to be exact"
+    if leaf.want.dtype.kind in "biu":
+        size = f"({rest.removesuffix('; ')})" if rest else "(has to be exact)"
+    else:
+        size = f"({rest}relative error {error:.2g}, allowed {allowed.relative:.1g})"
     message = (
-        f"{_entry(leaf.name, where)} is {number(got, want)}, expected {number(want, got)} "
-        f"({rest}relative error {error:.2g}{limit})"
+        f"{_entry(leaf.name, where)} is {number(got, want)}, expected {number(want, got)} {size}"
     )
     if leaf.got.dtype.itemsize < leaf.want.dtype.itemsize and leaf.got.dtype.kind == "f":
         message += f"; the result is {leaf.got.dtype}"

@@ -38,9 +38,10 @@ def diagnose(exercise: Exercise, draws: Draws, returned: Results, wanted: Result
     named = name_mistake(exercise, draws, returned, wanted)
     if named is not None:
         return Diagnosis(named.name, named.why, named.section)
-    if relations.only_mutated(exercise, draws, returned, wanted):
+    seen = relations.looks(exercise, draws, returned, wanted)
+    if relations.only_mutated(seen):
         return _changes_input(returned)
-    return Diagnosis(observations=relations.observe(exercise, draws, returned, wanted))
+    return Diagnosis(observations=relations.observe(exercise, seen))
 
 
 def name_mistake(

@@ -1,0 +1,592 @@
+"""One notebook graded: rebuilt from the release, run by nbval, judged outside its process.
+
+``python -m attn_lessons.grading.runner`` is a worker: a job a line in, a row a line out.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+import inspect
+import io
+import json
+import os
+import re
+import sys
+import tempfile
+import threading
+import time
+import traceback
+from collections.abc import Iterator, Sequence
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from queue import Empty
+from typing import Any, Literal
+
+import nbformat
+import nbval.plugin
+import pytest
+from jupyter_client.blocking.client import BlockingKernelClient
+from nbval.kernel import RunningKernel
+
+from attn_lessons.grading import catalogue, check, notebook, protocol, sandbox, seeds
+from attn_lessons.grading.exercise import Case, Exercise
+from attn_lessons.grading.records import (
+    ExerciseRow,
+    ExerciseStatus,
+    Judgement,
+    NotebookRow,
+    NotebookStatus,
+    Returned,
+)
+
+LEARNER = '__import__("attn_lessons.grading.learner", fromlist=["emit"])'
+PRELUDE = f"{LEARNER}.quiet()"
+NEEDS_TORCH = re.compile(r"^\s*(?:import|from)\s+torch\b", re.MULTILINE)
+# A notebook gets this many times the time of a cell, unless it is told otherwise.
+CELLS_A_NOTEBOOK = 10
+INTERRUPT_GRACE = 3.0
+POLL = 0.2
+LONGEST_MESSAGE = 400
+
+Outcome = Literal["ran", "raised", "timeout", "died"]
+Draws = list[list[Case]]
+
+
+@dataclass(frozen=True)
+class Settings:
+    """How notebooks are graded. ``timeout`` is a cell's, in seconds."""
+
+    seed: int
+    timeout: float = 30.0
+    sandbox: sandbox.SandboxName = "none"
+    warm: bool = True
+
+    @property
+    def whole_timeout(self) -> float:
+        """What a whole notebook may take, in seconds."""
+        return self.timeout * CELLS_A_NOTEBOOK
+
+
+@dataclass(frozen=True)
+class Job:
+    """One submission: where it came from, whose it is, and what the file holds (or its fault)."""
+
+    notebook: str
+    student: str
+    text: str
+    fault: str = ""
+
+    @property
+    def digest(self) -> str:
+        """What the submission is, whatever it is called."""
+        return hashlib.sha256(f"{self.text}\0{self.fault}".encode()).hexdigest()
+
+
+@dataclass(frozen=True)
+class Ran:
+    """What became of one step. ``fatal`` where the kernel did not survive it."""
+
+    outcome: Outcome
+    message: str = ""
+    emitted: Any = None
+    fatal: bool = False
+
+
+@dataclass
+class Deadline:
+    """The end of a notebook's time; kills the kernel that runs then."""
+
+    seconds: float
+    kernel: GradedKernel | None = None
+    expired: bool = False
+    _timer: threading.Timer | None = field(default=None, repr=False)
+
+    def __enter__(self) -> Deadline:
+        self._timer = threading.Timer(self.seconds, self._expire)
+        self._timer.daemon = True
+        self._timer.start()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        assert self._timer is not None
+        self._timer.cancel()
+
+    def watch(self, kernel: GradedKernel) -> GradedKernel:
+        """``kernel`` is the one that runs now."""
+        self.kernel = kernel
+        kernel.doomed = self.expired
+        return kernel
+
+    def _expire(self) -> None:
+        self.expired = True
+        if self.kernel is not None:
+            self.kernel.doomed = True
+
+
+class KernelDied(RuntimeError):
+    """The kernel ended while something was expected of it."""
+
+
+class GradedKernel(RunningKernel):
+    """nbval's kernel, started by us: always our own Python, and its end is noticed at once."""
+
+    def __init__(self, process: sandbox.KernelProcess, startup_timeout: float) -> None:
+        self.process = process
+        self.doomed = False
+        self._stopped = False
+        self._interrupted: float | None = None
+        self.kc = BlockingKernelClient(connection_file=str(process.connection_file))
+        try:
+            self.kc.load_connection_file()
+            self.kc.start_channels(hb=False)
+            self._await_answer(startup_timeout)
+        except BaseException:
+            self.stop()
+            raise
+
+    def _await_answer(self, seconds: float) -> None:
+        """The kernel has answered on both channels: nothing it says from now on gets lost."""
+        end = time.monotonic() + seconds
+        while time.monotonic() < end:
+            message = self.kc.kernel_info()
+            try:
+                self.await_reply(message, timeout=max(end - time.monotonic(), POLL))
+                self.await_idle(message, 1)
+            except Empty:
+                continue
+            return
+        raise KernelDied(f"the kernel did not answer within {seconds:g} s")
+
+    def get_message(self, stream: str, timeout: float | None = None) -> dict[str, Any]:
+        """The next message; ``KernelDied`` as soon as none can come any more."""
+        end = None if timeout is None else time.monotonic() + timeout
+        while True:
+            self._hold_to_account()
+            left = POLL if end is None else min(POLL, end - time.monotonic())
+            try:
+                message = super().get_message(stream, timeout=max(left, 0.001))
+                return _without_ballast(message)
+            except Empty:
+                if self.process.exit_code() is not None:
+                    raise KernelDied(self._end()) from None
+                if end is not None and time.monotonic() >= end:
+                    raise
+
+    def _hold_to_account(self) -> None:
+        overdue = self._interrupted and time.monotonic() - self._interrupted > INTERRUPT_GRACE
+        if (self.doomed or overdue) and self.process.exit_code() is None:
+            self.process.kill()
+
+    def _end(self) -> str:
+        code = self.process.exit_code()
+        if code is not None and code < 0:
+            return f"its process was killed (signal {-code})"
+        return f"its process ended (exit code {code})"
+
+    def is_alive(self) -> bool:
+        return self.process.exit_code() is None
+
+    def interrupt(self) -> None:
+        self._interrupted = time.monotonic()
+        request = self.kc.session.msg("interrupt_request", {})
+        self.kc.control_channel.send(request)
+
+    def execute_cell_input(self, cell_input: str, allow_stdin: bool | None = None) -> str:
+        self._interrupted = None
+        return super().execute_cell_input(cell_input, allow_stdin)
+
+    def stop(self) -> None:
+        if self._stopped:
+            return
+        self._stopped = True
+        self.kc.stop_channels()
+        self.process.kill()
+
+
+class Collector:
+    """What nbval's cells did, held apart from whether nbval calls that a pass."""
+
+    def __init__(self) -> None:
+        self.ran: dict[int, Ran] = {}
+
+    def pytest_collection_modifyitems(self, items: list[Any]) -> None:
+        # Comments and tags in a learner's cell have no say: every cell runs, none is compared.
+        for item in items:
+            item.options = {"check": False, "skip": False, "check_exception": False}
+
+    @pytest.hookimpl(wrapper=True)
+    def pytest_runtest_makereport(self, item: Any, call: Any) -> Iterator[Any]:
+        if call.when == "call" or (call.when == "setup" and call.excinfo):
+            self.ran[item.cell_num] = _ran(item, call.excinfo)
+        return (yield)
+
+
+class Kitchen:
+    """What a worker keeps warm between notebooks."""
+
+    def __init__(self) -> None:
+        self._servers: dict[tuple[str, ...], sandbox.ForkServer] = {}
+
+    def kernel(self, settings: Settings, torch: bool) -> GradedKernel:
+        """A kernel that is ready to run a notebook."""
+        limits = sandbox.Limits(seconds=int(settings.whole_timeout) + 10)
+        process: sandbox.KernelProcess
+        if settings.warm and settings.sandbox == "none":
+            modules = ("torch",) if torch else ()
+            server = self._servers.setdefault(modules, sandbox.ForkServer(modules))
+            process = server.start(limits)
+        else:
+            process = sandbox.OwnKernel(limits, settings.sandbox)
+        return GradedKernel(process, sandbox.START_TIMEOUT)
+
+    def close(self) -> None:
+        for server in self._servers.values():
+            server.close()
+        self._servers.clear()
+
+
+def grade(job: Job, settings: Settings, kitchen: Kitchen) -> NotebookRow:
+    """The row of one submission, whatever it contains."""
+    try:
+        if job.fault:
+            raise notebook.NotebookError(job.fault)
+        submission = notebook.parse(job.text, Path(job.notebook))
+    except notebook.NotebookError as error:
+        return _ungraded(job, "unreadable", str(error).removeprefix(f"{job.notebook}: "))
+    try:
+        released = notebook.pristine_for(submission)
+    except notebook.NotebookError as error:
+        return _ungraded(job, "unreadable", str(error))
+    try:
+        return _graded(job, submission, released, settings, kitchen)
+    except Exception as error:  # a row is due; the traceback is for whoever runs the grader
+        traceback.print_exc()
+        return _ungraded(job, "crashed", f"the grader failed: {type(error).__name__}: {error}")
+
+
+def run(
+    steps: Sequence[notebook.Step], settings: Settings, kitchen: Kitchen, deadline: Deadline
+) -> dict[int, Ran]:
+    """Run a rebuilt notebook once under nbval: what became of each step that was reached."""
+    torch = any(NEEDS_TORCH.search(step.source) for step in steps)
+
+    def start(*_: Any, **__: Any) -> GradedKernel:
+        kernel = deadline.watch(kitchen.kernel(settings, torch))
+        kernels.append(kernel)
+        return kernel
+
+    kernels: list[GradedKernel] = []
+    collector = Collector()
+    with tempfile.TemporaryDirectory(prefix="attn-nb-") as folder:
+        path = Path(folder) / "notebook.ipynb"
+        nbformat.write(_as_notebook(steps), path)
+        with _started_by(start), contextlib.redirect_stdout(io.StringIO()):
+            pytest.main([*_pytest_options(path, settings), str(path)], plugins=[collector])
+    for kernel in kernels:
+        kernel.stop()
+    return collector.ran
+
+
+def _graded(
+    job: Job,
+    submission: notebook.Notebook,
+    released: notebook.Notebook,
+    settings: Settings,
+    kitchen: Kitchen,
+) -> NotebookRow:
+    exercises = [catalogue.find(name) for name in released.exercises]
+    draws = {e.id: _draws(e, job, released, settings) for e in exercises}
+    sent = {e.id: _emit_source(e, draws[e.id]) for e in exercises}
+    steps = [
+        notebook.Step("prelude", PRELUDE),
+        *notebook.rebuild(released, submission, sent.__getitem__),
+    ]
+    with Deadline(settings.whole_timeout) as deadline:
+        ran = _run_through(steps, settings, kitchen, deadline)
+    status, message = _notebook_status(steps, ran, deadline, settings)
+    missing = notebook.missing(released, submission)
+    rows = []
+    for e in exercises:
+        row = _exercise_row(e, steps, ran, draws[e.id], e.id in missing, settings)
+        rows.append(row or _not_reached(e, status))
+    notes = [notebook.staleness(submission, released), message]
+    if not submission.code:
+        notes.append("it holds no code cells")
+    return _row(job, released.name, status, "; ".join(n for n in notes if n), rows)
+
+
+def _run_through(
+    steps: Sequence[notebook.Step], settings: Settings, kitchen: Kitchen, deadline: Deadline
+) -> dict[int, Ran]:
+    """Run until every check has had its turn: what ends a kernel is left out of the next run."""
+    ran: dict[int, Ran] = {}
+    left = list(range(len(steps)))
+    while not deadline.expired:
+        now = run([steps[i] for i in left], settings, kitchen, deadline)
+        results = {left[number]: result for number, result in now.items()}
+        fatal = next((i for i in left if i in results and results[i].fatal), None)
+        reached = [i for i in left if fatal is None or i <= fatal]
+        ran |= {i: results[i] for i in reached if i in results}
+        if fatal is None or steps[fatal].role in ("prelude", "given"):
+            break
+        if deadline.expired:
+            break
+        left = _without(left, steps, fatal)
+        if not any(steps[i].role == "emit" for i in left):
+            break
+    return ran
+
+
+def _without(left: list[int], steps: Sequence[notebook.Step], fatal: int) -> list[int]:
+    """What a further run is made of: not the step that ended the kernel, no check already made."""
+    gone = {i for i in left if i <= fatal and steps[i].role == "emit"} | {fatal}
+    if steps[fatal].role == "answer":
+        exercise = steps[fatal].exercise
+        gone |= {i for i in left if steps[i].role == "emit" and steps[i].exercise == exercise}
+    return [i for i in left if i not in gone]
+
+
+def _notebook_status(
+    steps: Sequence[notebook.Step], ran: dict[int, Ran], deadline: Deadline, settings: Settings
+) -> tuple[NotebookStatus, str]:
+    if deadline.expired:
+        return "timeout", f"stopped after {settings.whole_timeout:g} s"
+    first = ran.get(0)
+    if first is None or first.outcome != "ran":
+        return "crashed", f"no kernel: {first.message if first else 'nothing was run'}"
+    for number, step in enumerate(steps):
+        result = ran.get(number)
+        if result and result.fatal and step.role == "given":
+            return "crashed", f"the kernel was lost in a released cell: {result.message}"
+    return "graded", ""
+
+
+def _exercise_row(
+    exercise: Exercise,
+    steps: Sequence[notebook.Step],
+    ran: dict[int, Ran],
+    draws: Draws,
+    missing: bool,
+    settings: Settings,
+) -> ExerciseRow | None:
+    """The row that follows from what ran; None where the exercise's turn never came."""
+    own = {step.role: i for i, step in enumerate(steps) if step.exercise == exercise.id}
+    emitted = ran.get(own["emit"])
+    if emitted is not None and emitted.emitted is not None:
+        try:
+            returned = _received(emitted.emitted, draws)
+            if returned is not None:
+                return _judged(check.judge(exercise, draws, returned))
+        except protocol.ProtocolError as error:
+            return _unjudged(exercise, "error", f"what it returned cannot be read: {error}")
+    if missing:
+        return _unjudged(exercise, "missing", "the notebook has no cell that defines it")
+    answer = ran.get(own["answer"]) if "answer" in own else None
+    for result, place in ((answer, "its cell"), (emitted, "a call of it")):
+        if result is None or result.outcome == "ran":
+            continue
+        if result.outcome == "timeout":
+            return _unjudged(exercise, "timeout", f"{place} ran longer than {settings.timeout:g} s")
+        if result.outcome == "died":
+            return _unjudged(exercise, "error", f"{place} ended the kernel: {result.message}")
+        return _unjudged(exercise, "error", result.message)
+    if emitted is None:
+        return None
+    return _unjudged(exercise, "error", f"the notebook does not define {exercise.id}")
+
+
+def _received(message: Any, draws: Draws) -> list[list[Returned]] | None:
+    """The outcomes of every call, or None where the function was not there to be called."""
+    match message:
+        case {"defined": False}:
+            return None
+        case {"draws": list(sent)} if [_length(d) for d in sent] == [len(d) for d in draws]:
+            return [[protocol.decode_returned(item) for item in draw] for draw in sent]
+    raise protocol.ProtocolError("message: not one outcome for each case")
+
+
+def _length(value: Any) -> int:
+    return len(value) if isinstance(value, list) else -1
+
+
+def _judged(verdict: Judgement) -> ExerciseRow:
+    mistake = verdict.diagnosis.mistake if verdict.diagnosis else None
+    return ExerciseRow(
+        verdict.exercise,
+        verdict.status,
+        verdict.points,
+        verdict.max_points,
+        mistake,
+        one_line(verdict.message),
+    )
+
+
+def _unjudged(exercise: Exercise, status: ExerciseStatus, message: str) -> ExerciseRow:
+    return ExerciseRow(exercise.id, status, 0, exercise.points, None, one_line(message))
+
+
+def _not_reached(exercise: Exercise, status: NotebookStatus) -> ExerciseRow:
+    if status == "timeout":
+        return _unjudged(exercise, "timeout", "the notebook's time was over before its turn")
+    return _unjudged(exercise, "error", "not run: the kernel was lost before its turn")
+
+
+def _ungraded(job: Job, status: NotebookStatus, message: str) -> NotebookRow:
+    """A row for what could not be run, with the points that were to be had where that is known."""
+    try:
+        name = notebook.find_name(Path(job.notebook).name)
+        exercises = [catalogue.find(e) for e in notebook.pristine(name).exercises]
+    except (notebook.NotebookError, ValueError):
+        return _row(job, Path(job.notebook).stem, status, message, [])
+    rows = [_unjudged(e, "missing", "the notebook could not be graded") for e in exercises]
+    return _row(job, name, status, message, rows)
+
+
+def unfinished(job: Job, status: NotebookStatus, message: str) -> NotebookRow:
+    """The row of a notebook whose worker was lost."""
+    return _ungraded(job, status, message)
+
+
+def _row(
+    job: Job, chapter: str, status: NotebookStatus, message: str, rows: list[ExerciseRow]
+) -> NotebookRow:
+    return NotebookRow(
+        notebook=job.notebook,
+        student=job.student,
+        chapter=chapter,
+        status=status,
+        message=one_line(message),
+        points=sum(row.points for row in rows),
+        max_points=sum(row.max_points for row in rows),
+        exercises=tuple(rows),
+    )
+
+
+def one_line(text: str) -> str:
+    """``text`` without control characters and line breaks, of a length a table can bear."""
+    text = re.sub(r"\x1b\[[0-9;]*[A-Za-z]", "", text)
+    text = "".join(c if c.isprintable() else " " for c in text)
+    text = re.sub(r"\s+", " ", text).strip()
+    return text if len(text) <= LONGEST_MESSAGE else text[: LONGEST_MESSAGE - 1] + "…"
+
+
+def _draws(exercise: Exercise, job: Job, released: notebook.Notebook, settings: Settings) -> Draws:
+    name = f"{released.name} {job.digest}"
+    return check.make_draws(exercise, seeds.secret_seeds(settings.seed, name, exercise.id))
+
+
+def _emit_source(exercise: Exercise, draws: Draws) -> str:
+    names = list(inspect.signature(exercise.reference).parameters)
+    sent = {
+        "draws": [
+            {"names": names, "calls": [(case.args, dict(case.kwargs)) for case in cases]}
+            for cases in draws
+        ]
+    }
+    message = json.dumps(protocol.encode(sent))
+    return f'{LEARNER}.emit("{exercise.id}", globals(), {message!r})'
+
+
+def _as_notebook(steps: Sequence[notebook.Step]) -> nbformat.NotebookNode:
+    cells = [nbformat.v4.new_code_cell(step.source, id=f"s{i}") for i, step in enumerate(steps)]
+    return nbformat.v4.new_notebook(cells=cells)
+
+
+def _pytest_options(path: Path, settings: Settings) -> list[str]:
+    return [
+        "--nbval",
+        f"--nbval-cell-timeout={settings.timeout}",
+        f"--rootdir={path.parent}",
+        f"--confcutdir={path.parent}",
+        f"--override-ini=cache_dir={path.parent}",
+        "-c",
+        os.devnull,
+        "-p",
+        "no:cacheprovider",
+        "-p",
+        "no:faulthandler",
+        "-p",
+        "nbval.plugin",
+        "--capture=no",
+        "--quiet",
+        "--tb=no",
+        "--color=no",
+    ]
+
+
+@contextlib.contextmanager
+def _started_by(start: Any) -> Iterator[None]:
+    """nbval asks ``start`` for its kernels."""
+    before, autoload = nbval.plugin.RunningKernel, os.environ.get("PYTEST_DISABLE_PLUGIN_AUTOLOAD")
+    nbval.plugin.RunningKernel = start
+    os.environ["PYTEST_DISABLE_PLUGIN_AUTOLOAD"] = "1"
+    try:
+        yield
+    finally:
+        nbval.plugin.RunningKernel = before
+        if autoload is None:
+            del os.environ["PYTEST_DISABLE_PLUGIN_AUTOLOAD"]
+        else:
+            os.environ["PYTEST_DISABLE_PLUGIN_AUTOLOAD"] = autoload
+
+
+def _ran(item: Any, excinfo: Any) -> Ran:
+    outputs = item.test_outputs or []
+    emitted = [
+        output["data"][protocol.MIME]
+        for output in outputs
+        if protocol.MIME in (output.get("data") or {})
+    ]
+    last = emitted[-1] if emitted else None
+    if excinfo is None:
+        return Ran("ran", emitted=last)
+    errors = [output for output in outputs if output["output_type"] == "error"]
+    told = str(excinfo.value).strip().splitlines()[:1] or [excinfo.typename]
+    kernel = item.parent.kernel
+    interrupted = getattr(kernel, "_interrupted", None) is not None
+    gone = kernel is None or not kernel.is_alive()
+    if interrupted:
+        return Ran("timeout", told[0], last, fatal=gone)
+    if gone:
+        return Ran("died", told[0], last, fatal=True)
+    return Ran("raised", _raised(errors[-1]) if errors else told[0], last)
+
+
+def _raised(error: Any) -> str:
+    # IPython names a cell by a file of its own ("1234.py, line 3"); the line is what counts.
+    text = re.sub(r"\((?:\S+\.py|<[^>]*>), (line \d+)\)", r"(\1)", str(error["evalue"]))
+    return f"{error['ename']}: {text}" if text else str(error["ename"])
+
+
+def _without_ballast(message: dict[str, Any]) -> dict[str, Any]:
+    """A message without what nobody reads: prints, pictures, tables."""
+    content = message.get("content", {})
+    if message.get("msg_type") == "stream":
+        content["text"] = ""
+    elif message.get("msg_type") in ("display_data", "execute_result"):
+        data = content.get("data") or {}
+        content["data"] = {k: v for k, v in data.items() if k == protocol.MIME}
+    elif message.get("msg_type") == "error":
+        content["traceback"] = []
+        content["evalue"] = str(content.get("evalue", ""))[:LONGEST_MESSAGE]
+    return message
+
+
+def main() -> None:
+    """Grade the jobs that come in until there are no more."""
+    answers = os.fdopen(os.dup(1), "w")
+    os.dup2(2, 1)
+    kitchen = Kitchen()
+    try:
+        for line in sys.stdin:
+            request = json.loads(line)
+            job, settings = Job(**request["job"]), Settings(**request["settings"])
+            row = grade(job, settings, kitchen)
+            print(json.dumps(asdict(row)), file=answers, flush=True)
+    finally:
+        kitchen.close()
+
+
+if __name__ == "__main__":
+    main()

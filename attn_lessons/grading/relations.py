@@ -23,6 +23,7 @@ Draws = Sequence[Sequence[Case]]
 Results = Sequence[Sequence[Returned]]
 
 MOST = 4  # observations shown
+FEW = 4  # failing cases that are listed by name
 SAME = 1e-6  # relations are looked for up to this relative difference
 
 
@@ -90,7 +91,7 @@ def _cases(seen: Sequence[Look]) -> Iterator[str]:
     names = list(dict.fromkeys(look.case.name for look in seen))
     bad = {look.case.name for look in seen if look.fault is not None}
     good = [name for name in names if name not in bad]
-    if good:
+    if good and len(bad) <= FEW:
         listed = _listed([f"“{name}”" for name in names if name in bad])
         yield f"only {listed} {'fails' if len(bad) == 1 else 'fail'}, the other cases are right"
 
@@ -111,7 +112,7 @@ def _outputs(exercise: Exercise, seen: Sequence[Look], failing: Sequence[Look]) 
     paired = [look for look in failing if look.values]
     if not paired:
         return
-    names = list(paired[0].values)
+    names = list(dict.fromkeys(name for look in paired for name in look.values))
     wrong = [name for name in names if any(_is_wrong(exercise, look, name) for look in paired)]
     swapped = list(_swapped(wrong, exercise, paired))
     yield from swapped
@@ -125,6 +126,8 @@ def _outputs(exercise: Exercise, seen: Sequence[Look], failing: Sequence[Look]) 
 
 
 def _is_wrong(exercise: Exercise, look: Look, name: str) -> bool:
+    if name not in look.values:
+        return False
     got, want = look.values[name]
     return compare.wrong_leaf(compare.Leaf(name, got, want), exercise, look.case) is not None
 
@@ -132,12 +135,15 @@ def _is_wrong(exercise: Exercise, look: Look, name: str) -> bool:
 def _swapped(wrong: list[str], exercise: Exercise, paired: Sequence[Look]) -> Iterator[str]:
     for i, a in enumerate(wrong):
         for b in wrong[i + 1 :]:
-            if all(
-                _close(look.values[a][0], look.values[b][1])
-                and _close(look.values[b][0], look.values[a][1])
-                for look in paired
-            ):
+            if all(_exchanged(look, a, b) for look in paired):
                 yield f"{a} holds what {b} should be, and {b} what {a} should be: swapped"
+
+
+def _exchanged(look: Look, a: str, b: str) -> bool:
+    if a not in look.values or b not in look.values:
+        return False
+    (got_a, want_a), (got_b, want_b) = look.values[a], look.values[b]
+    return _close(got_a, want_b) and _close(got_b, want_a)
 
 
 def _output(name: str, exercise: Exercise, paired: Sequence[Look]) -> Iterator[str]:

@@ -34,7 +34,7 @@ def logsumexp(
 
     ValueError: ``axis`` does not exist; ``z`` is complex, or a scalar.
 
-    Source: Blanchard, Higham & Higham 2021, eq. (1.4) and Algorithm 3.1.
+    Source: Blanchard, Higham & Higham 2021, eq. (1.1), shifted by the maximum.
     """
     z, axis = _rows(z, axis)
     peak = _peak(z, axis)
@@ -73,7 +73,7 @@ def softmax(z: Real[np.ndarray, "*shape"], axis: int = -1) -> Float[np.ndarray, 
 
     ValueError: ``axis`` does not exist; ``z`` is complex, or a scalar.
 
-    Source: Blanchard, Higham & Higham 2021, eq. (1.5) and Algorithm 3.1.
+    Source: Blanchard, Higham & Higham 2021, eq. (1.2), shifted by the maximum.
     """
     z, axis = _rows(z, axis)
     weights = np.exp(z - _peak(z, axis))
@@ -127,7 +127,7 @@ def log_softmax(z: Real[np.ndarray, "*shape"], axis: int = -1) -> Float[np.ndarr
 
     ValueError: ``axis`` does not exist; ``z`` is complex, or a scalar.
 
-    Source: Blanchard, Higham & Higham 2021, eq. (3.3).
+    Source: the logarithm of Blanchard, Higham & Higham 2021, eq. (1.2), shifted likewise.
     """
     z, axis = _rows(z, axis)
     # z - logsumexp(z) would round log n away at z = [1e17, 1e17].

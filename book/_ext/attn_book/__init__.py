@@ -3,6 +3,7 @@
 * ``offline``: MathJax, icons and theme files are served with the pages, nothing from elsewhere.
 * ``trim``: what no page uses is left out of the built site.
 * ``library``: a changed library makes the pages run again.
+* ``reference``: docstrings set for the page.
 * ``exercises``: the ``{exercise-links}`` directive and the notebooks to download.
 * ``repository``: links to the repository where its address is known.
 """
@@ -11,10 +12,10 @@ from __future__ import annotations
 
 from sphinx.application import Sphinx
 
-from . import exercises, library, offline, repository, trim
+from . import exercises, library, offline, reference, repository, trim
 
 
 def setup(app: Sphinx) -> dict[str, bool]:
-    for part in (offline, trim, library, exercises, repository):
+    for part in (offline, trim, library, reference, exercises, repository):
         part.setup(app)
     return {"parallel_read_safe": True, "parallel_write_safe": True}

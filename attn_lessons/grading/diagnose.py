@@ -85,21 +85,20 @@ def _gap(
         return 0.0 if wrong.error == got.error else None
     if wrong.mutated and got.mutated != wrong.mutated:
         return None
+    pairs = _leaves(got, wrong, exercise)
+    if pairs is None:
+        return None
+    truth = {leaf.name: leaf for leaf in _leaves(got, want, exercise) or ()}
+    gaps = [_leaf_gap(leaf, truth.get(leaf.name), exercise, case) for leaf in pairs]
+    known = [gap for gap in gaps if gap is not None]
+    return max(known, default=0.0) if len(known) == len(gaps) else None
+
+
+def _leaves(got: Returned, other: Returned, exercise: Exercise) -> list[compare.Leaf] | None:
     try:
-        pairs = compare.leaves(got.value, wrong.value, exercise.returns)
-        truth = (
-            compare.leaves(got.value, want.value, exercise.returns) if want.error is None else []
-        )
+        return compare.leaves(got.value, other.value, exercise.returns)
     except compare.StructureError:
         return None
-    truth = truth if len(truth) == len(pairs) else []
-    worst = 0.0
-    for i, leaf in enumerate(pairs):
-        gap = _leaf_gap(leaf, truth[i] if truth else None, exercise, case)
-        if gap is None:
-            return None
-        worst = max(worst, gap)
-    return worst
 
 
 def _leaf_gap(
@@ -107,24 +106,14 @@ def _leaf_gap(
 ) -> float | None:
     if not isinstance(leaf.want, np.ndarray):
         return 0.0 if leaf.got == leaf.want else None
-    if leaf.got.shape != leaf.want.shape or (leaf.got.dtype.kind == "b") != (
-        leaf.want.dtype.kind == "b"
-    ):
+    if not compare.alike(leaf):
         return None
-    if leaf.want.size == 0:
-        return 0.0
     allowed = compare.tolerance(leaf, exercise, case)
-    off = float(compare.difference(leaf.got, leaf.want).max())
-    limit = allowed.absolute
-    if (
-        truth is not None
-        and isinstance(truth.want, np.ndarray)
-        and (truth.want.shape == leaf.got.shape)
-    ):
+    off = float(compare.difference(leaf.got, leaf.want).max(initial=0.0))
+    limit = LOOSENESS * allowed.absolute
+    if truth is not None and isinstance(truth.want, np.ndarray) and compare.alike(truth):
         from_truth = float(compare.difference(truth.got, truth.want).max(initial=0.0))
-        limit = max(limit, min(LOOSENESS * limit, NEARER * from_truth))
-    else:
-        limit *= LOOSENESS
+        limit = max(allowed.absolute, min(limit, NEARER * from_truth))
     return off / allowed.scale if off <= limit else None
 
 

@@ -96,12 +96,15 @@ def make_venv(root: Path) -> None:
         )
 
 
-def lines_of(command: Sequence[str], log: Path, started: Started | None = None) -> Iterator[str]:
+def lines_of(
+    command: Sequence[str], log: Path, started: Started | None = None, cwd: Path | None = None
+) -> Iterator[str]:
     """Run a command in a session of its own, keep what it says in ``log`` and yield its lines."""
     with (
         log.open("w", encoding="utf-8") as copy,
         subprocess.Popen(
             command,
+            cwd=cwd,
             stdin=subprocess.DEVNULL,
             stdout=subprocess.PIPE,
             stderr=subprocess.STDOUT,

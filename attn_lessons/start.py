@@ -123,20 +123,19 @@ class Chapter:
 
 
 def read_chapter(notebook: Path) -> Chapter:
-    """Title, exercises and points of a notebook, from its first heading and its metadata."""
-    cells = json.loads(notebook.read_text(encoding="utf-8"))["cells"]
-    title = notebook.stem
-    for cell in cells:
-        heading = re.search(r"^# (.+)$", "".join(cell["source"]), re.MULTILINE)
-        if cell["cell_type"] == "markdown" and heading:
-            title = heading[1].strip()
-            break
-    points: dict[str, int] = {}
-    for cell in cells:
-        attn = cell.get("metadata", {}).get("attn", {})
-        if "exercise" in attn:
-            name = attn["exercise"]
-            points[name] = max(points.get(name, 0), int(attn.get("points", 0)))
+    """Title, exercises and points of a notebook; a file that is none still has its name."""
+    title, points = notebook.stem, dict[str, int]()
+    try:
+        cells = json.loads(notebook.read_text(encoding="utf-8"))["cells"]
+        text = "\n".join("".join(c["source"]) for c in cells if c["cell_type"] == "markdown")
+        heading = re.search(r"^# (.+)$", text, re.MULTILINE)
+        title = heading[1].strip() if heading else title
+        for cell in cells:
+            attn = cell["metadata"].get("attn", {})
+            if "exercise" in attn:
+                points[attn["exercise"]] = int(attn.get("points", 0))
+    except (OSError, ValueError, KeyError, TypeError, AttributeError):
+        pass
     return Chapter(notebook.name, title, tuple(points), sum(points.values()))
 
 
@@ -328,11 +327,12 @@ class Book:
         Raises CommandFailed with the end of what the builder said.
         """
         polite = ["nice", "-n", "5"] if shutil.which("nice") else []
-        # The builder takes the sources beside the package it is imported from.
-        command = ["env", "-u", "PYTHONSAFEPATH", f"PYTHONPATH={self.root}", str(self.python)]
-        command += ["-m", "attn_lessons.bookbuild", "--lenient"]
+        # Run in the book's root, so that it is the package there that builds, of the sources there.
+        command = [str(self.python), "-m", "attn_lessons.bookbuild", "--lenient"]
         worked = True
-        for line in install.lines_of([*polite, *command], self.log, self.children.add):
+        for line in install.lines_of(
+            [*polite, *command], self.log, self.children.add, cwd=self.root
+        ):
             worked = worked and "up to date" not in line
             step = build_step(line)
             if step is not None and worked:

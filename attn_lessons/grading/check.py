@@ -41,13 +41,26 @@ class CheckFailed(AssertionError):
         return [feedback.line(self.judgement)]
 
 
+class WrongUse(ValueError):
+    """``check`` itself was called with something it cannot check."""
+
+    def _render_traceback_(self) -> list[str]:
+        return [f"check: {self}"]
+
+
 def check(exercise_id: str, function: Callable[..., Any]) -> Passed:
-    """Try ``function`` on every case of an exercise; raise ``CheckFailed`` where it is wrong."""
-    exercise = catalogue.find(exercise_id)
+    """Try ``function`` on every case of an exercise; raise ``CheckFailed`` where it is wrong.
+
+    ValueError: there is no such exercise, or ``function`` is not a function.
+    """
+    try:
+        exercise = catalogue.find(exercise_id)
+    except ValueError as unknown:
+        raise WrongUse(str(unknown)) from None
     if not callable(function):
-        raise ValueError(
-            f"function: expected the function you wrote, {exercise.signature}; "
-            f"got {type(function).__name__}"
+        raise WrongUse(
+            f"function: expected the function {exercise.id} itself, without calling it: "
+            f'check("{exercise.id}", {exercise.id}); got {_kind(function)}'
         )
     draws = make_draws(exercise, seeds.check_seeds(exercise.id))
     returned = [[attempt(function, exercise, case) for case in cases] for cases in draws]
@@ -109,6 +122,11 @@ def expected(exercise: Exercise, case: Case) -> Returned:
             f"{want.error}: {want.error_message}"
         )
     return want
+
+
+def _kind(value: Any) -> str:
+    shape = getattr(value, "shape", None)
+    return type(value).__name__ + (f" of shape {tuple(shape)}" if shape is not None else "")
 
 
 def _counted(draws: Draws, returned: Results) -> None:

@@ -117,7 +117,7 @@ def tolerance(leaf: Leaf, exercise: Exercise, case: Case) -> Tolerance:
     """What the numbers of one output may differ by: the case's own word, else the formula above."""
     scale = largest(leaf.want)
     if scale == 0:
-        scale = min(1.0, max((largest(a) for a in _floats(case)), default=1.0))
+        scale = min(1.0, max((largest(a) for a in _floats(case)), default=1.0)) or 1.0
     if case.rtol is not None or case.atol is not None:
         return Tolerance(case.rtol or 0.0, case.atol or 0.0, scale)
     size = max([np.size(leaf.want), *(a.size for a in _floats(case))])

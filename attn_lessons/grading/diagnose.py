@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Callable, Sequence
+from functools import cache
 from typing import Any
 
 import numpy as np
@@ -29,8 +30,12 @@ Results = Sequence[Sequence[Returned]]
 
 def attempt(function: Callable[..., Any], exercise: Exercise, case: Case) -> Returned:
     """What ``function`` does with one case."""
-    names = tuple(inspect.signature(exercise.reference).parameters)
-    return learner.call(function, case.args, case.kwargs, names)
+    return learner.call(function, case.args, case.kwargs, _parameters(exercise.reference))
+
+
+@cache
+def _parameters(reference: Callable[..., Any]) -> tuple[str, ...]:
+    return tuple(inspect.signature(reference).parameters)
 
 
 def diagnose(exercise: Exercise, draws: Draws, returned: Results, wanted: Results) -> Diagnosis:
@@ -114,7 +119,7 @@ def _leaf_gap(
     if truth is not None and isinstance(truth.want, np.ndarray) and compare.alike(truth):
         from_truth = float(compare.difference(truth.got, truth.want).max(initial=0.0))
         limit = max(allowed.absolute, min(limit, NEARER * from_truth))
-    return off / allowed.scale if off <= limit else None
+    return off / (allowed.scale or 1.0) if off <= limit else None
 
 
 def _changes_input(returned: Results) -> Diagnosis:

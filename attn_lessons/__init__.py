@@ -6,8 +6,9 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from attn_lessons.grading.check import check
+    from attn_lessons.grading.progress import progress
 
-__all__ = ["__version__", "check"]
+__all__ = ["__version__", "check", "progress"]
 __version__ = "0.1.0"
 
 
@@ -17,4 +18,8 @@ def __getattr__(name: str) -> Any:
         from attn_lessons.grading.check import check
 
         return check
+    if name == "progress":
+        from attn_lessons.grading.progress import progress
+
+        return progress
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

@@ -11,7 +11,9 @@ import io
 import json
 import linecache
 import os
+import runpy
 import sys
+import traceback
 import types
 import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -132,10 +134,44 @@ def emit(name: str, namespace: Mapping[str, Any], message: str) -> None:
     if function is None:
         publish_display_data({MIME: {"exercise": name, "defined": False, "draws": []}})
         return
+    publish_display_data(
+        {MIME: {"exercise": name, "defined": True, "draws": run(function, message)}}
+    )
+
+
+def run(function: Callable[..., Any], message: str) -> list[list[dict[str, Any]]]:
+    """Every call of every draw in ``message``, as data that can be sent back."""
     sent = decode(json.loads(message))
     with contextlib.redirect_stdout(io.StringIO()), contextlib.redirect_stderr(io.StringIO()):
-        draws = [[_sendable(outcome) for outcome in _run(function, d)] for d in sent["draws"]]
-    publish_display_data({MIME: {"exercise": name, "defined": True, "draws": draws}})
+        return [[_sendable(outcome) for outcome in _run(function, d)] for d in sent["draws"]]
+
+
+def from_file(path: str, name: str, message: str) -> dict[str, Any]:
+    """What the function ``name`` of a plain file does, or why there is none."""
+    try:
+        namespace = runpy.run_path(path, run_name="answer")
+    except KeyboardInterrupt:
+        raise
+    except BaseException as error:  # a file may raise anything, SystemExit too
+        lines = [f.lineno for f in traceback.extract_tb(error.__traceback__) if f.filename == path]
+        at = f"line {lines[-1]}: " if lines else ""
+        return {"raised": f"{at}{type(error).__name__}: {str(error)[:LONGEST_MESSAGE]}"}
+    function = find(name, namespace)
+    if function is None:
+        own = [n for n, v in namespace.items() if callable(v) and not n.startswith("_")]
+        return {"defines": own}
+    return {"draws": run(function, message)}
+
+
+def main(arguments: list[str]) -> None:
+    """``python -m attn_lessons.grading.learner FILE NAME``: calls come in, outcomes go out."""
+    path, name = arguments
+    answers = os.fdopen(os.dup(1), "w")
+    os.dup2(2, 1)
+    message = sys.stdin.read()
+    sys.path.insert(0, os.path.dirname(os.path.abspath(path)))
+    json.dump(from_file(path, name, message), answers)
+    answers.flush()
 
 
 def _run(function: Callable[..., Any], draw: Mapping[str, Any]) -> Iterator[Returned]:
@@ -189,3 +225,7 @@ class _Mute(io.TextIOBase):
 
     def writable(self) -> bool:
         return True
+
+
+if __name__ == "__main__":
+    main(sys.argv[1:])

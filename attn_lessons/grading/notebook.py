@@ -66,18 +66,22 @@ class Step:
 
 def read(path: Path) -> Notebook:
     """The notebook at ``path``, however oddly formed; ``NotebookError`` where there is none."""
+    return parse(text_of(path), path)
+
+
+def text_of(path: Path) -> str:
+    """What the file holds; ``NotebookError`` where that can be no notebook."""
     try:
         size = path.stat().st_size
         if size > MAX_NOTEBOOK_BYTES:
             raise NotebookError(f"{path}: {size / 2**20:.0f} MiB is too large for a notebook")
-        text = path.read_text(encoding="utf-8-sig")
+        return path.read_text(encoding="utf-8-sig")
     except FileNotFoundError:
         raise NotebookError(f"{path}: no such file") from None
     except UnicodeDecodeError:
         raise NotebookError(f"{path}: not a notebook (not UTF-8 text)") from None
     except OSError as error:
         raise NotebookError(f"{path}: {error.strerror or error}") from None
-    return parse(text, path)
 
 
 def parse(text: str, path: Path) -> Notebook:

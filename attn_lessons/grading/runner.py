@@ -7,10 +7,10 @@ from __future__ import annotations
 
 import contextlib
 import hashlib
-import inspect
 import io
 import json
 import os
+import queue
 import re
 import sys
 import tempfile
@@ -20,7 +20,6 @@ import traceback
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from queue import Empty
 from typing import Any, Literal
 
 import nbformat
@@ -29,7 +28,7 @@ import pytest
 from jupyter_client.blocking.client import BlockingKernelClient
 from nbval.kernel import RunningKernel
 
-from attn_lessons.grading import catalogue, check, notebook, protocol, sandbox, seeds
+from attn_lessons.grading import calls, catalogue, check, notebook, protocol, sandbox, seeds
 from attn_lessons.grading.exercise import Case, Exercise
 from attn_lessons.grading.records import (
     ExerciseRow,
@@ -37,7 +36,6 @@ from attn_lessons.grading.records import (
     Judgement,
     NotebookRow,
     NotebookStatus,
-    Returned,
 )
 
 LEARNER = '__import__("attn_lessons.grading.learner", fromlist=["emit"])'
@@ -153,7 +151,7 @@ class GradedKernel(RunningKernel):
             try:
                 self.await_reply(message, timeout=max(end - time.monotonic(), POLL))
                 self.await_idle(message, 1)
-            except Empty:
+            except queue.Empty:
                 continue
             return
         raise KernelDied(f"the kernel did not answer within {seconds:g} s")
@@ -167,7 +165,7 @@ class GradedKernel(RunningKernel):
             try:
                 message = super().get_message(stream, timeout=max(left, 0.001))
                 return _without_ballast(message)
-            except Empty:
+            except queue.Empty:
                 if self.process.exit_code() is not None:
                     raise KernelDied(self._end()) from None
                 if end is not None and time.monotonic() >= end:
@@ -241,6 +239,7 @@ class Kitchen:
         return GradedKernel(process, sandbox.START_TIMEOUT)
 
     def close(self) -> None:
+        """End what is kept warm."""
         for server in self._servers.values():
             server.close()
         self._servers.clear()
@@ -373,11 +372,9 @@ def _exercise_row(
     """The row that follows from what ran; None where the exercise's turn never came."""
     own = {step.role: i for i, step in enumerate(steps) if step.exercise == exercise.id}
     emitted = ran.get(own["emit"])
-    if emitted is not None and emitted.emitted is not None:
+    if emitted is not None and emitted.emitted is not None and _defined(emitted.emitted):
         try:
-            returned = _received(emitted.emitted, draws)
-            if returned is not None:
-                return _judged(check.judge(exercise, draws, returned))
+            return _judged(check.judge(exercise, draws, calls.outcomes(emitted.emitted, draws)))
         except protocol.ProtocolError as error:
             return _unjudged(exercise, "error", f"what it returned cannot be read: {error}")
     if missing:
@@ -396,18 +393,9 @@ def _exercise_row(
     return _unjudged(exercise, "error", f"the notebook does not define {exercise.id}")
 
 
-def _received(message: Any, draws: Draws) -> list[list[Returned]] | None:
-    """The outcomes of every call, or None where the function was not there to be called."""
-    match message:
-        case {"defined": False}:
-            return None
-        case {"draws": list(sent)} if [_length(d) for d in sent] == [len(d) for d in draws]:
-            return [[protocol.decode_returned(item) for item in draw] for draw in sent]
-    raise protocol.ProtocolError("message: not one outcome for each case")
-
-
-def _length(value: Any) -> int:
-    return len(value) if isinstance(value, list) else -1
+def _defined(message: Any) -> bool:
+    """Whether the function was there to be called."""
+    return not (isinstance(message, dict) and message.get("defined") is False)
 
 
 def _judged(verdict: Judgement) -> ExerciseRow:
@@ -477,15 +465,7 @@ def _draws(exercise: Exercise, job: Job, released: notebook.Notebook, settings: 
 
 
 def _emit_source(exercise: Exercise, draws: Draws) -> str:
-    names = list(inspect.signature(exercise.reference).parameters)
-    sent = {
-        "draws": [
-            {"names": names, "calls": [(case.args, dict(case.kwargs)) for case in cases]}
-            for cases in draws
-        ]
-    }
-    message = json.dumps(protocol.encode(sent))
-    return f'{LEARNER}.emit("{exercise.id}", globals(), {message!r})'
+    return f'{LEARNER}.emit("{exercise.id}", globals(), {calls.message(exercise, draws)!r})'
 
 
 def _as_notebook(steps: Sequence[notebook.Step]) -> nbformat.NotebookNode:
@@ -577,15 +557,21 @@ def main() -> None:
     """Grade the jobs that come in until there are no more."""
     answers = os.fdopen(os.dup(1), "w")
     os.dup2(2, 1)
+    requests: queue.SimpleQueue[str] = queue.SimpleQueue()
+    threading.Thread(target=_listen, args=(requests,), daemon=True).start()
     kitchen = Kitchen()
-    try:
-        for line in sys.stdin:
-            request = json.loads(line)
-            job, settings = Job(**request["job"]), Settings(**request["settings"])
-            row = grade(job, settings, kitchen)
-            print(json.dumps(asdict(row)), file=answers, flush=True)
-    finally:
-        kitchen.close()
+    while True:
+        request = json.loads(requests.get())
+        job, settings = Job(**request["job"]), Settings(**request["settings"])
+        row = grade(job, settings, kitchen)
+        print(json.dumps(asdict(row)), file=answers, flush=True)
+
+
+def _listen(requests: queue.SimpleQueue[str]) -> None:
+    """Pass requests on; when whoever sends them is gone, so is all work for them."""
+    for line in sys.stdin:
+        requests.put(line)
+    os._exit(0)
 
 
 if __name__ == "__main__":

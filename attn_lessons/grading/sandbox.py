@@ -248,7 +248,7 @@ def bubblewrap_fault() -> str:
         (room / "work").mkdir()
         try:
             tried = subprocess.run(
-                [*bubblewrap_command(room), sys.executable, "-c", ""],
+                [*bubblewrap_command(room), sys.executable, "-c", f"import {WARM}"],
                 capture_output=True,
                 text=True,
                 timeout=20,

@@ -106,7 +106,7 @@ def _fork(request: dict[str, Any]) -> int:
         nothing = os.open(os.devnull, os.O_RDWR)
         for stream in (0, 1, 2):
             os.dup2(nothing, stream)
-        sys.stdin = open(0, closefd=False)
+        sys.stdin = os.fdopen(0, closefd=False)
         # What the pipes to the grader would be: the child must not hold them.
         os.closerange(3, 256)
         os.environ["JPY_PARENT_PID"] = str(os.getppid())

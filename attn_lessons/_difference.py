@@ -10,7 +10,7 @@ from itertools import permutations
 from typing import Any
 
 import numpy as np
-from jaxtyping import Bool, Float, Shaped
+from jaxtyping import Bool, Float, Int, Shaped
 
 from attn_lessons._arrays import as_float
 
@@ -45,7 +45,7 @@ def wrong_entries(got: Array, want: Array, rtol: float, noise: Array | float = 0
         off = np.abs(got - want)
         allowed = rtol * np.maximum(np.abs(got), np.abs(want)) + noise
         allowed = np.maximum(allowed, 1e-3 * rtol * _scale(want))
-        return (got != want) & ~((off <= allowed) & np.isfinite(off))
+        return np.asarray((got != want) & ~((off <= allowed) & np.isfinite(off)))
 
 
 def describe_difference(
@@ -102,7 +102,7 @@ class _Pair:
     def shape(self) -> tuple[int, ...]:
         return self.want.shape
 
-    def equal(self, got: Array, want: Array) -> bool:
+    def equal(self, got: Any, want: Any) -> bool:
         return not wrong_entries(got, want, self.rtol).any()
 
 
@@ -118,7 +118,7 @@ def _shapes(got: Array, want: Array, rtol: float) -> tuple[Observation, ...]:
 
 
 def _shape_relations(got: Array, want: Array, rtol: float) -> Iterator[Observation]:
-    def equal(a: Array, b: Array) -> bool:
+    def equal(a: Any, b: Array) -> bool:
         return a.shape == b.shape and not wrong_entries(a, b, rtol).any()
 
     squeezed = equal(got.squeeze(), want.squeeze())
@@ -476,7 +476,7 @@ def _along(axis: int, pair: _Pair) -> str:
     return f"axis {axis}"
 
 
-def _indices(used: Array, length: int, axis: int, ndim: int) -> str:
+def _indices(used: Int[np.ndarray, "n"], length: int, axis: int, ndim: int) -> str:
     """``used`` of the indices of ``axis`` in words: "row 0 (the first)", "columns 2 to 4"."""
     one, many = ("row", "rows") if (ndim, axis) == (2, 0) else ("index", "indices")
     one, many = ("column", "columns") if (ndim, axis) == (2, 1) else (one, many)
@@ -514,7 +514,7 @@ def _axis_orders(ndim: int) -> list[tuple[int, ...]]:
 def _shuffled(pair: _Pair) -> bool:
     got, want = np.sort(pair.got.ravel()), np.sort(pair.want.ravel())
     gaps = np.diff(want) > pair.rtol * _scale(want)
-    return gaps.sum() > 2 and pair.equal(got, want)
+    return bool(gaps.sum() > 2) and pair.equal(got, want)
 
 
 def _spread(reduce: Callable[..., Array], x: Array, axis: int) -> Array:

@@ -180,7 +180,7 @@ def test_a_heat_map_where_the_output_is_laid_out_over_tokens():
     def one_row(dp, p, axis=-1):
         dz = backward(dp, p, axis)
         if dz.shape == (3, 4):
-            dz[1] += [0.0, 0.5, -1.0, np.nan if False else 0.25]
+            dz[1] += [0.0, 0.5, -1.0, 0.25]
         return dz
 
     verdict = answer(BACKWARD, one_row)
@@ -193,7 +193,7 @@ def test_a_heat_map_where_the_output_is_laid_out_over_tokens():
     assert len(fills) == 12
     assert fills.count("#ffffff") == 9
     assert fills[6] == "#b2182b"  # the largest, negative: red
-    assert fills[5] == "#90b2d5"  # half as large, positive: blue on the way
+    assert fills[5] == "#90b2d6"  # half as large, positive: blue on the way
     assert heat_map(feedback.html(verdict)) is None
     assert heat_map(feedback.html(verdict, replace(BACKWARD, tokens=()))) is None
 

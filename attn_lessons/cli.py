@@ -129,7 +129,8 @@ def grade(
     Exit code: 0 when every notebook was given a row, 2 for wrong usage. An interrupted run goes on
     where it was when the same command is given again.
     """
-    from attn_lessons.grading import classroom, runner
+    from attn_lessons.grading import classroom
+    from attn_lessons.grading.job import Settings
     from attn_lessons.grading.reports import terminal
 
     outputs = [("--json", json), ("--csv", csv)]
@@ -144,7 +145,7 @@ def grade(
     try:
         submissions = classroom.gather(paths)
         classroom.refuse_outdated(paths)
-        settings = runner.Settings(seed or 0, timeout, _sandbox(sandbox))
+        settings = Settings(seed or 0, timeout, _sandbox(sandbox))
         run = classroom.begin(submissions, settings, seed)
     except classroom.ClassError as error:
         fail(str(error))

@@ -20,12 +20,19 @@ from pathlib import Path
 
 import attn_lessons
 from attn_lessons import _paths
-from attn_lessons.grading import notebook, runner
+from attn_lessons.grading import notebook
+from attn_lessons.grading.job import Job, Settings, ungraded
 from attn_lessons.grading.ledger import Ledger, LedgerBusy, from_dict
 from attn_lessons.grading.records import NotebookRow
 
 # What a worker may take beyond a notebook's own time: its start, its imports, the verdict.
 WORKER_GRACE = 60.0
+# jsonschema imports rfc3987_syntax where it can, for a check that notebooks have no use for, and
+# that alone takes longer than to grade a notebook.
+WORKER = (
+    "import sys; sys.modules['rfc3987_syntax'] = None; "
+    "from attn_lessons.grading import runner; runner.main()"
+)
 Report = Callable[[NotebookRow], None]
 
 
@@ -37,13 +44,13 @@ class ClassError(ValueError):
 class Class:
     """The submissions of a run with what has been found out about them so far."""
 
-    jobs: list[runner.Job]
-    settings: runner.Settings
+    jobs: list[Job]
+    settings: Settings
     ledger: Ledger
     rows: dict[str, NotebookRow] = field(default_factory=dict)
 
     @property
-    def left(self) -> list[runner.Job]:
+    def left(self) -> list[Job]:
         """Submissions without a row."""
         return [job for job in self.jobs if _key(job) not in self.rows]
 
@@ -52,14 +59,14 @@ class Class:
         """The rows so far, in the order of the submissions."""
         return [self.rows[key] for job in self.jobs if (key := _key(job)) in self.rows]
 
-    def add(self, job: runner.Job, row: NotebookRow) -> None:
+    def add(self, job: Job, row: NotebookRow) -> None:
         self.ledger.add(_key(job), row)
         self.rows[_key(job)] = row
 
 
-def gather(paths: Sequence[Path]) -> list[runner.Job]:
+def gather(paths: Sequence[Path]) -> list[Job]:
     """The submissions that ``paths`` (notebooks or folders of them) hold, each once."""
-    found: dict[Path, runner.Job] = {}
+    found: dict[Path, Job] = {}
     for path in paths:
         for file, student in _notebooks(path):
             found.setdefault(file.resolve(), job(file, student))
@@ -78,7 +85,7 @@ def refuse_outdated(paths: Sequence[Path]) -> None:
                 raise ClassError(f"{path}: {stale}")
 
 
-def begin(jobs: Sequence[runner.Job], settings: runner.Settings, seed: int | None) -> Class:
+def begin(jobs: Sequence[Job], settings: Settings, seed: int | None) -> Class:
     """A run over ``jobs``: a new one, or one that was interrupted and goes on.
 
     Without a ``seed`` a secret one is drawn, and kept until the run has been finished.
@@ -102,14 +109,14 @@ def begin(jobs: Sequence[runner.Job], settings: runner.Settings, seed: int | Non
         raise ClassError(
             f"{error.filename}: {error.strerror}; ATTN_LESSONS_STATE names another folder"
         ) from None
-    used = runner.Settings(**{**asdict(settings), "seed": int(ledger.header["seed"])})
+    used = Settings(**{**asdict(settings), "seed": int(ledger.header["seed"])})
     return Class(list(jobs), used, ledger, dict(ledger.rows))
 
 
 def grade(run: Class, workers: int, report: Report) -> None:
     """Grade what is left with ``workers`` processes; ``report`` gets every new row."""
-    waiting: queue.SimpleQueue[runner.Job] = queue.SimpleQueue()
-    done: queue.SimpleQueue[tuple[runner.Job, NotebookRow]] = queue.SimpleQueue()
+    waiting: queue.SimpleQueue[Job] = queue.SimpleQueue()
+    done: queue.SimpleQueue[tuple[Job, NotebookRow]] = queue.SimpleQueue()
     left = run.left
     for job in left:
         waiting.put(job)
@@ -144,7 +151,7 @@ def grade_on(run: Class, address: str, report: Report) -> None:
             report(run.rows[_key(sent[future])])
 
 
-def grade_here(job: runner.Job, settings: runner.Settings) -> NotebookRow:
+def grade_here(job: Job, settings: Settings) -> NotebookRow:
     """Grade one submission in this process's own worker."""
     worker = _own_worker()
     with _own_lock:
@@ -158,7 +165,7 @@ class Worker:
         self._process: subprocess.Popen[str] | None = None
         self._closed = False
 
-    def grade(self, job: runner.Job, settings: runner.Settings) -> NotebookRow:
+    def grade(self, job: Job, settings: Settings) -> NotebookRow:
         """The row of one submission, whatever happens to the process that works on it."""
         request = json.dumps({"job": asdict(job), "settings": asdict(settings)})
         for _ in range(2):
@@ -166,12 +173,12 @@ class Worker:
                 line = self._ask(request, settings.whole_timeout + WORKER_GRACE)
             except TimeoutError:
                 self._kill()
-                return runner.unfinished(job, "timeout", "the grader had to stop its worker")
+                return ungraded(job, "timeout", "the grader had to stop its worker")
             except OSError:
                 self._kill()
                 continue
             return from_dict(json.loads(line))
-        return runner.unfinished(job, "crashed", "the process that graded it was lost, twice")
+        return ungraded(job, "crashed", "the process that graded it was lost, twice")
 
     def close(self) -> None:
         """Take the process and everything it started down."""
@@ -196,7 +203,7 @@ class Worker:
             raise BrokenPipeError("closed")
         if self._process is None:
             self._process = subprocess.Popen(
-                [sys.executable, "-m", "attn_lessons.grading.runner"],
+                [sys.executable, "-c", WORKER],
                 stdin=subprocess.PIPE,
                 stdout=subprocess.PIPE,
                 stderr=subprocess.DEVNULL,
@@ -228,9 +235,9 @@ def _own_worker() -> Worker:
 
 def _work(
     worker: Worker,
-    waiting: queue.SimpleQueue[runner.Job],
-    done: queue.SimpleQueue[tuple[runner.Job, NotebookRow]],
-    settings: runner.Settings,
+    waiting: queue.SimpleQueue[Job],
+    done: queue.SimpleQueue[tuple[Job, NotebookRow]],
+    settings: Settings,
 ) -> None:
     while True:
         try:
@@ -240,7 +247,7 @@ def _work(
         done.put((job, worker.grade(job, settings)))
 
 
-def _key(job: runner.Job) -> str:
+def _key(job: Job) -> str:
     text = json.dumps([job.notebook, job.student, job.digest])
     return hashlib.sha256(text.encode()).hexdigest()[:24]
 
@@ -267,12 +274,12 @@ def _hidden(file: Path, base: Path) -> bool:
     return any(part.startswith(".") for part in file.relative_to(base).parts)
 
 
-def job(file: Path, student: str) -> runner.Job:
+def job(file: Path, student: str) -> Job:
     """The submission that a file holds, or its fault: nothing in it can stop a run."""
     name = file.as_posix()
     try:
         if not file.is_file():
             raise notebook.NotebookError(f"{file}: not a regular file")
-        return runner.Job(name, student, notebook.text_of(file))
+        return Job(name, student, notebook.text_of(file))
     except notebook.NotebookError as error:
-        return runner.Job(name, student, "", str(error).removeprefix(f"{file}: "))
+        return Job(name, student, "", str(error).removeprefix(f"{file}: "))

@@ -320,9 +320,10 @@ def _cell(data: dict[str, Any]) -> Cell:
 
 
 def _text(value: Any) -> str:
-    if isinstance(value, list):
-        return "".join(part for part in value if isinstance(part, str))
-    return value if isinstance(value, str) else ""
+    parts = value if isinstance(value, list) else [value]
+    text = "".join(part for part in parts if isinstance(part, str))
+    # Half a surrogate pair is valid JSON, but no text that could be written down again.
+    return text.encode("utf-8", "replace").decode("utf-8")
 
 
 def _mapping(value: Any) -> Mapping[str, Any]:

@@ -18,14 +18,15 @@ from html import escape
 from pathlib import Path
 
 from attn_lessons import _paths
-from attn_lessons.grading import catalogue, classroom, notebook, runner
+from attn_lessons.grading import catalogue, classroom, notebook
+from attn_lessons.grading.job import Job, Settings
 from attn_lessons.grading.ledger import as_dict, from_dict
 from attn_lessons.grading.records import ExerciseRow, NotebookRow
 from attn_lessons.grading.release import write_whole
 from attn_lessons.grading.reports.terminal import state
 
 KEPT = Path(".attn") / "progress.json"
-SETTINGS = runner.Settings(seed=0, timeout=20)
+SETTINGS = Settings(seed=0, timeout=20)
 
 
 @dataclass(frozen=True)
@@ -91,7 +92,7 @@ def rows(workspace: Path) -> list[NotebookRow]:
     """A row for every released chapter, from the workspace's notebook of that name."""
     kept = _read_kept(workspace)
     found: dict[str, NotebookRow] = {}
-    left: list[tuple[str, runner.Job]] = []
+    left: list[tuple[str, Job]] = []
     for name in notebook.notebook_names():
         path = workspace / f"{name}.ipynb"
         if not path.exists():
@@ -155,7 +156,7 @@ def _absent(name: str) -> NotebookRow:
     return NotebookRow(name, "", name, "unreadable", "not in the workspace", 0, most, entries)
 
 
-def _key(job: runner.Job) -> str:
+def _key(job: Job) -> str:
     release = {n: dict(notebook.pristine(n).release) for n in notebook.notebook_names()}
     what = json.dumps([job.digest, job.notebook, release, asdict(SETTINGS)], sort_keys=True)
     return hashlib.sha256(what.encode()).hexdigest()[:24]

@@ -6,7 +6,6 @@
 from __future__ import annotations
 
 import contextlib
-import hashlib
 import io
 import json
 import os
@@ -30,9 +29,17 @@ from nbval.kernel import RunningKernel
 
 from attn_lessons.grading import calls, catalogue, check, notebook, protocol, sandbox, seeds
 from attn_lessons.grading.exercise import Case, Exercise
+from attn_lessons.grading.job import (
+    LONGEST_MESSAGE,
+    Job,
+    Settings,
+    one_line,
+    row_of,
+    ungraded,
+    unjudged,
+)
 from attn_lessons.grading.records import (
     ExerciseRow,
-    ExerciseStatus,
     Judgement,
     NotebookRow,
     NotebookStatus,
@@ -41,44 +48,11 @@ from attn_lessons.grading.records import (
 LEARNER = '__import__("attn_lessons.grading.learner", fromlist=["emit"])'
 PRELUDE = f"{LEARNER}.quiet()"
 NEEDS_TORCH = re.compile(r"^\s*(?:import|from)\s+torch\b", re.MULTILINE)
-# A notebook gets this many times the time of a cell, unless it is told otherwise.
-CELLS_A_NOTEBOOK = 10
 INTERRUPT_GRACE = 3.0
 POLL = 0.2
-LONGEST_MESSAGE = 400
 
 Outcome = Literal["ran", "raised", "timeout", "died"]
 Draws = list[list[Case]]
-
-
-@dataclass(frozen=True)
-class Settings:
-    """How notebooks are graded. ``timeout`` is a cell's, in seconds."""
-
-    seed: int
-    timeout: float = 30.0
-    sandbox: sandbox.SandboxName = "none"
-    warm: bool = True
-
-    @property
-    def whole_timeout(self) -> float:
-        """What a whole notebook may take, in seconds."""
-        return self.timeout * CELLS_A_NOTEBOOK
-
-
-@dataclass(frozen=True)
-class Job:
-    """One submission: where it came from, whose it is, and what the file holds (or its fault)."""
-
-    notebook: str
-    student: str
-    text: str
-    fault: str = ""
-
-    @property
-    def digest(self) -> str:
-        """What the submission is, whatever it is called."""
-        return hashlib.sha256(f"{self.text}\0{self.fault}".encode()).hexdigest()
 
 
 @dataclass(frozen=True)
@@ -158,13 +132,13 @@ class GradedKernel(RunningKernel):
 
     def get_message(self, stream: str, timeout: float | None = None) -> dict[str, Any]:
         """The next message; ``KernelDied`` as soon as none can come any more."""
+        read = self.kc.get_iopub_msg if stream == "iopub" else self.kc.get_shell_msg
         end = None if timeout is None else time.monotonic() + timeout
         while True:
             self._hold_to_account()
             left = POLL if end is None else min(POLL, end - time.monotonic())
             try:
-                message = super().get_message(stream, timeout=max(left, 0.001))
-                return _without_ballast(message)
+                return _without_ballast(read(timeout=max(left, 0.001)))
             except queue.Empty:
                 if self.process.exit_code() is not None:
                     raise KernelDied(self._end()) from None
@@ -252,16 +226,16 @@ def grade(job: Job, settings: Settings, kitchen: Kitchen) -> NotebookRow:
             raise notebook.NotebookError(job.fault)
         submission = notebook.parse(job.text, Path(job.notebook))
     except notebook.NotebookError as error:
-        return _ungraded(job, "unreadable", str(error).removeprefix(f"{job.notebook}: "))
+        return ungraded(job, "unreadable", str(error).removeprefix(f"{job.notebook}: "))
     try:
         released = notebook.pristine_for(submission)
     except notebook.NotebookError as error:
-        return _ungraded(job, "unreadable", str(error))
+        return ungraded(job, "unreadable", str(error))
     try:
         return _graded(job, submission, released, settings, kitchen)
     except Exception as error:  # a row is due; the traceback is for whoever runs the grader
         traceback.print_exc()
-        return _ungraded(job, "crashed", f"the grader failed: {type(error).__name__}: {error}")
+        return ungraded(job, "crashed", f"the grader failed: {type(error).__name__}: {error}")
 
 
 def run(
@@ -312,7 +286,7 @@ def _graded(
     notes = [notebook.staleness(submission, released), message]
     if not submission.code:
         notes.append("it holds no code cells")
-    return _row(job, released.name, status, "; ".join(n for n in notes if n), rows)
+    return row_of(job, released.name, status, "; ".join(n for n in notes if n), rows)
 
 
 def _run_through(
@@ -376,21 +350,21 @@ def _exercise_row(
         try:
             return _judged(check.judge(exercise, draws, calls.outcomes(emitted.emitted, draws)))
         except protocol.ProtocolError as error:
-            return _unjudged(exercise, "error", f"what it returned cannot be read: {error}")
+            return unjudged(exercise, "error", f"what it returned cannot be read: {error}")
     if missing:
-        return _unjudged(exercise, "missing", "the notebook has no cell that defines it")
+        return unjudged(exercise, "missing", "the notebook has no cell that defines it")
     answer = ran.get(own["answer"]) if "answer" in own else None
     for result, place in ((answer, "its cell"), (emitted, "a call of it")):
         if result is None or result.outcome == "ran":
             continue
         if result.outcome == "timeout":
-            return _unjudged(exercise, "timeout", f"{place} ran longer than {settings.timeout:g} s")
+            return unjudged(exercise, "timeout", f"{place} ran longer than {settings.timeout:g} s")
         if result.outcome == "died":
-            return _unjudged(exercise, "error", f"{place} ended the kernel: {result.message}")
-        return _unjudged(exercise, "error", result.message)
+            return unjudged(exercise, "error", f"{place} ended the kernel: {result.message}")
+        return unjudged(exercise, "error", result.message)
     if emitted is None:
         return None
-    return _unjudged(exercise, "error", f"the notebook does not define {exercise.id}")
+    return unjudged(exercise, "error", f"the notebook does not define {exercise.id}")
 
 
 def _defined(message: Any) -> bool:
@@ -410,53 +384,10 @@ def _judged(verdict: Judgement) -> ExerciseRow:
     )
 
 
-def _unjudged(exercise: Exercise, status: ExerciseStatus, message: str) -> ExerciseRow:
-    return ExerciseRow(exercise.id, status, 0, exercise.points, None, one_line(message))
-
-
 def _not_reached(exercise: Exercise, status: NotebookStatus) -> ExerciseRow:
     if status == "timeout":
-        return _unjudged(exercise, "timeout", "the notebook's time was over before its turn")
-    return _unjudged(exercise, "error", "not run: the kernel was lost before its turn")
-
-
-def _ungraded(job: Job, status: NotebookStatus, message: str) -> NotebookRow:
-    """A row for what could not be run, with the points that were to be had where that is known."""
-    try:
-        name = notebook.find_name(Path(job.notebook).name)
-        exercises = [catalogue.find(e) for e in notebook.pristine(name).exercises]
-    except (notebook.NotebookError, ValueError):
-        return _row(job, Path(job.notebook).stem, status, message, [])
-    rows = [_unjudged(e, "missing", "the notebook could not be graded") for e in exercises]
-    return _row(job, name, status, message, rows)
-
-
-def unfinished(job: Job, status: NotebookStatus, message: str) -> NotebookRow:
-    """The row of a notebook whose worker was lost."""
-    return _ungraded(job, status, message)
-
-
-def _row(
-    job: Job, chapter: str, status: NotebookStatus, message: str, rows: list[ExerciseRow]
-) -> NotebookRow:
-    return NotebookRow(
-        notebook=job.notebook,
-        student=job.student,
-        chapter=chapter,
-        status=status,
-        message=one_line(message),
-        points=sum(row.points for row in rows),
-        max_points=sum(row.max_points for row in rows),
-        exercises=tuple(rows),
-    )
-
-
-def one_line(text: str) -> str:
-    """``text`` without control characters and line breaks, of a length a table can bear."""
-    text = re.sub(r"\x1b\[[0-9;]*[A-Za-z]", "", text)
-    text = "".join(c if c.isprintable() else " " for c in text)
-    text = re.sub(r"\s+", " ", text).strip()
-    return text if len(text) <= LONGEST_MESSAGE else text[: LONGEST_MESSAGE - 1] + "…"
+        return unjudged(exercise, "timeout", "the notebook's time was over before its turn")
+    return unjudged(exercise, "error", "not run: the kernel was lost before its turn")
 
 
 def _draws(exercise: Exercise, job: Job, released: notebook.Notebook, settings: Settings) -> Draws:
@@ -486,6 +417,10 @@ def _pytest_options(path: Path, settings: Settings) -> list[str]:
         "no:cacheprovider",
         "-p",
         "no:faulthandler",
+        "-p",
+        "no:unraisableexception",  # collects garbage five times a run
+        "-p",
+        "no:threadexception",
         "-p",
         "nbval.plugin",
         "--capture=no",

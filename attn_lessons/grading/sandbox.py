@@ -15,13 +15,13 @@ import tempfile
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
-from typing import Any, Literal, Protocol
+from typing import Any, Protocol
 
 from jupyter_client.connect import write_connection_file
 
 from attn_lessons import _paths
+from attn_lessons.grading.job import SandboxName
 
-SandboxName = Literal["bubblewrap", "none"]
 WARM = "attn_lessons.grading.warm"
 START_TIMEOUT = 60.0
 SYSTEM_FOLDERS = ("/usr", "/bin", "/sbin", "/lib", "/lib32", "/lib64", "/etc", "/opt", "/nix")

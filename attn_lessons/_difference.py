@@ -103,7 +103,7 @@ class _Pair:
         return self.want.shape
 
     def equal(self, got: Any, want: Any) -> bool:
-        return not wrong_entries(got, want, self.rtol).any()
+        return not wrong_entries(np.asarray(got), np.asarray(want), self.rtol).any()
 
 
 # --- shapes differ ------------------------------------------------------------------------
@@ -119,7 +119,7 @@ def _shapes(got: Array, want: Array, rtol: float) -> tuple[Observation, ...]:
 
 def _shape_relations(got: Array, want: Array, rtol: float) -> Iterator[Observation]:
     def equal(a: Any, b: Array) -> bool:
-        return a.shape == b.shape and not wrong_entries(a, b, rtol).any()
+        return a.shape == b.shape and not wrong_entries(np.asarray(a), b, rtol).any()
 
     squeezed = equal(got.squeeze(), want.squeeze())
     if squeezed and got.ndim != want.ndim:

@@ -12,6 +12,7 @@ from __future__ import annotations
 import os
 import textwrap
 from html import escape
+from typing import Any
 
 import numpy as np
 
@@ -20,7 +21,8 @@ from attn_lessons.grading.exercise import Exercise
 from attn_lessons.grading.records import Diagnosis, Judgement, Mismatch
 
 WIDTH = 96
-WHOLE = 6  # arrays up to this many rows and columns are shown whole
+WHOLE = 6  # matrices up to this many rows and columns are shown whole
+ROW = 8  # and vectors up to this length
 WINDOW = 5  # of larger ones, this many around the largest error
 MAP = 24  # rows and columns of a heat map
 UNSOLVED = "not solved yet"
@@ -36,8 +38,12 @@ def line(judgement: Judgement) -> str:
     """The verdict in one line."""
     if judgement.status == "passed" or judgement.message == UNSOLVED:
         return f"{judgement.exercise}: {_headline(judgement)}"
-    named = judgement.diagnosis.mistake if judgement.diagnosis else None
-    return f"{judgement.exercise}: {named or judgement.message}"
+    if judgement.diagnosis is not None and judgement.diagnosis.mistake:
+        return f"{judgement.exercise}: {judgement.diagnosis.mistake}"
+    if judgement.mismatch is None:
+        return f"{judgement.exercise}: {judgement.message or judgement.status}"
+    first = f"first in the case “{judgement.mismatch.case}”"
+    return f"{judgement.exercise}: {_headline(judgement)}, {first}"
 
 
 def text(judgement: Judgement) -> str:
@@ -116,7 +122,7 @@ def html(judgement: Judgement, exercise: Exercise | None = None) -> str:
     if judgement.message == UNSOLVED or judgement.mismatch is None:
         return _box(CALM, "○", title, "Write the function above, run its cell, then this one.")
     fault = judgement.mismatch
-    parts = [_reasons_html(judgement.diagnosis), _failure_html(fault)]
+    parts = [_reasons_html(judgement.diagnosis, fault), _failure_html(fault)]
     if _has_numbers(fault):
         parts.append(_numbers_html(fault))
         if exercise is not None and fault.output in exercise.tokens and np.ndim(fault.want) > 1:
@@ -126,7 +132,7 @@ def html(judgement: Judgement, exercise: Exercise | None = None) -> str:
 
 
 MUTED = "opacity:.8;margin-top:.6em"
-MONO = "font-family:var(--jp-code-font-family,ui-monospace,monospace);font-size:.92em"
+MONO = "font-family:var(--jp-code-font-family,ui-monospace,monospace);font-size:.9em"
 
 
 def _box(colour: str, mark: str, title: str, body: str) -> str:
@@ -134,7 +140,7 @@ def _box(colour: str, mark: str, title: str, body: str) -> str:
     return (
         f"<div style='border:1px solid rgba({tint},.45);border-left:5px solid {colour};"
         f"border-radius:4px;background:rgba({tint},.09);padding:.7em 1em;margin:.2em 0;"
-        "max-width:62em;line-height:1.5;color:var(--jp-content-font-color1,inherit);"
+        "max-width:68em;line-height:1.5;color:var(--jp-content-font-color1,inherit);"
         "font-family:var(--jp-content-font-family,system-ui,sans-serif)'>"
         f"<div style='font-size:1.05em;margin-bottom:.35em'><span aria-hidden='true' style='color:"
         f"{colour};font-weight:700;margin-right:.4em'>{mark}</span>{title}</div>{body}</div>"
@@ -148,7 +154,7 @@ def _chip(name: str) -> str:
     )
 
 
-def _reasons_html(diagnosis: Diagnosis | None) -> str:
+def _reasons_html(diagnosis: Diagnosis | None, fault: Mismatch) -> str:
     if diagnosis is None:
         return ""
     if diagnosis.mistake:
@@ -158,10 +164,13 @@ def _reasons_html(diagnosis: Diagnosis | None) -> str:
         )
     if not diagnosis.observations:
         return ""
-    facts = "".join(f"<li>{escape(_sentence(fact))}</li>" for fact in diagnosis.observations)
+    items = (escape(_sentence(fact)) for fact in diagnosis.observations)
+    facts = "".join(f"<li>{item}</li>" for item in items)
+    known = "None of the known mistakes gives these numbers. What can be seen in them:"
+    intro = known if fault.kind in ("values", "nonfinite", "shape") else "What can be seen:"
     return (
-        "<div style='margin:.3em 0'>None of the known mistakes gives these numbers. What can be "
-        f"seen in them:<ul style='margin:.2em 0 .2em 1.2em;padding:0'>{facts}</ul></div>"
+        f"<div style='margin:.3em 0'>{intro}"
+        f"<ul style='margin:.2em 0 .2em 1.2em;padding:0'>{facts}</ul></div>"
     )
 
 
@@ -245,6 +254,7 @@ def _heat_map(fault: Mismatch) -> str:
         if side > 14 or i % 4 == 0
     ]
     width, height = left + columns * side + 4, top + rows * side + 4
+    broken = "" if np.isfinite(view.error).all() else ", black nan or infinite"
     told = (
         f"Heat map of the error of {view.title}: {int(view.off.sum())} of {view.off.size} entries "
         f"off, the largest at row {view.rows[view.worst[0]]}, column {view.columns[view.worst[1]]}"
@@ -255,7 +265,7 @@ def _heat_map(fault: Mismatch) -> str:
         "height:auto'><g fill='currentColor' font-size='11' font-family='sans-serif'>"
         f"{''.join(labels)}</g>{''.join(cells)}</svg>"
         "<figcaption style='opacity:.8;font-size:.92em'>"
-        f"Error of {escape(view.title)}: white is right, blue too large, red too small."
+        f"Error of {escape(view.title)}: white is right, blue too large, red too small{broken}."
         "</figcaption></figure>"
     )
 
@@ -291,6 +301,8 @@ class _View:
         lead, last = where[:-2], where[-2:]
         got, want = _matrix(got[lead]), _matrix(want[lead])
         at = (0,) * (2 - len(last)) + last
+        if len(last) < 2:
+            whole, window = max(whole, ROW), max(window, ROW)
         spans = [_span(n, i, whole, window) for n, i in zip(want.shape, at, strict=True)]
         part = np.ix_(*spans)
         self.columns = list(spans[1]) if want.shape[1] > 1 or len(last) > 0 else []
@@ -303,7 +315,7 @@ class _View:
         self.tables = [
             ("got", _texts(got[part])),
             ("expected", _texts(want[part])),
-            ("difference", _texts(self.error)),
+            ("difference", _texts(self.error, self.off)),
         ]
         self.title = _title(fault.output, lead, spans, want.shape, len(last))
 
@@ -334,8 +346,21 @@ def _signed(got: np.ndarray, want: np.ndarray) -> np.ndarray:
         return np.where((a == b) | (np.isnan(a) & np.isnan(b)), 0.0, a - b)
 
 
-def _texts(table: np.ndarray) -> list[list[str]]:
-    return [[number(entry) for entry in row] for row in table]
+def _texts(table: np.ndarray, off: np.ndarray | None = None) -> list[list[str]]:
+    """Numbers in one form for the whole table; differences that are allowed read ≈0."""
+    finite = np.abs(table[np.isfinite(table)])
+    fixed = bool((finite % 1).any()) and 1e-2 <= finite.max(initial=0.0) < 1e3
+    rows = [[_text(entry, fixed) for entry in row] for row in table]
+    if off is not None:
+        near = ~off & (table != 0)
+        rows = [["≈0" if near[i, j] else t for j, t in enumerate(r)] for i, r in enumerate(rows)]
+    return rows
+
+
+def _text(entry: Any, fixed: bool) -> str:
+    if not fixed or entry == 0 or not np.isfinite(entry):
+        return number(entry)
+    return f"{entry:.4f}" if abs(entry) >= 5e-5 else f"{entry:.0e}"
 
 
 def _title(

@@ -353,7 +353,7 @@ def _broadcast(match: re.Match[str]) -> str:
     short, long = sorted((a, b), key=len)
     fact = f"shapes {a} and {b} do not fit together (they are matched from the last axis backwards)"
     lost = any((*long[:i], *long[i + 1 :]) == short for i in range(len(long)))
-    kept = "; one of them lost an axis: a reduction keeps it with keepdims=True"
+    kept = "; one of them lost an axis, which a reduction keeps with keepdims=True"
     return fact + kept if lost and len(long) == len(short) + 1 else fact
 
 

@@ -6,16 +6,17 @@
 * ``reference``: docstrings set for the page.
 * ``exercises``: the ``{exercise-links}`` directive and the notebooks to download.
 * ``repository``: links to the repository where its address is known.
+* ``streams``: what a cell prints keeps its lines whole.
 """
 
 from __future__ import annotations
 
 from sphinx.application import Sphinx
 
-from . import exercises, library, offline, reference, repository, trim
+from . import exercises, library, offline, reference, repository, streams, trim
 
 
 def setup(app: Sphinx) -> dict[str, bool]:
-    for part in (offline, trim, library, reference, exercises, repository):
+    for part in (offline, trim, library, reference, exercises, repository, streams):
         part.setup(app)
     return {"parallel_read_safe": True, "parallel_write_safe": True}

@@ -199,7 +199,8 @@ class _Log:
         for page in sorted(failed):
             report = reports / f"{Path(page).stem}.err.log"
             if report.exists():
-                lines = [*lines, *report.read_text(encoding="utf-8").strip().splitlines()[-8:]]
+                text = self.ESCAPES.sub("", report.read_text(encoding="utf-8"))
+                lines = [*lines, *text.strip().splitlines()[-8:]]
         return "The book was not built.\n" + "\n".join(f"  {line}" for line in lines)
 
 

@@ -167,7 +167,7 @@ def test_vectors_and_single_numbers():
     assert got == [["0", "2", "4", "6"]]
     single = exercise_of(lambda: 0.25, (), id="toy")
     got, want, gap = numbers_in(feedback.html(answer(single, lambda: 0.5)))
-    assert (got, want, gap) == ([["0.5"]], [["0.25"]], [["0.25"]])
+    assert (got, want, gap) == ([["0.5000"]], [["0.2500"]], [["0.2500"]])
     assert "0.25" in feedback.text(answer(single, lambda: 0.5))
 
 

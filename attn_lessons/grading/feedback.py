@@ -81,11 +81,20 @@ def _first_failure(fault: Mismatch) -> list[str]:
     rows = _wrapped(f"First case that fails: {fault.case}{hint}", lines=2)
     rows += _wrapped(fault.message, lines=3)
     if _has_numbers(fault) and np.ndim(fault.want) > 0:
-        view = _View(fault)
-        row = view.shown_row
-        for label, table in view.tables:
-            rows.append(f"    {label:<11}" + "  ".join(f"{entry:>10}" for entry in table[row]))
+        rows += _number_rows(_View(fault))
     return rows
+
+
+def _number_rows(view: _View) -> list[str]:
+    """The row of the largest error, as much of it as fits."""
+    row, column = view.worst
+    wide = max(10, *(len(entry) for _, table in view.tables for entry in table[row]))
+    room = (WIDTH - 15) // (wide + 2)
+    span = _span(len(view.tables[0][1][row]), column, room, room)
+    return [
+        f"    {label:<11}" + "  ".join(f"{table[row][j]:>{wide}}" for j in span)
+        for label, table in view.tables
+    ]
 
 
 def _right_in(judgement: Judgement) -> str:
@@ -308,7 +317,6 @@ class _View:
         self.columns = list(spans[1]) if want.shape[1] > 1 or len(last) > 0 else []
         self.rows = list(spans[0]) if len(last) > 1 else []
         self.worst = (spans[0].index(at[0]), spans[1].index(at[1]))
-        self.shown_row = self.worst[0]
         self.error = _signed(got[part], want[part])
         gap = difference(got[part], want[part])
         self.off = gap > _threshold(fault, got, want, at)
@@ -349,7 +357,11 @@ def _signed(got: np.ndarray, want: np.ndarray) -> np.ndarray:
 def _texts(table: np.ndarray, off: np.ndarray | None = None) -> list[list[str]]:
     """Numbers in one form for the whole table; differences that are allowed read ≈0."""
     finite = np.abs(table[np.isfinite(table)])
-    fixed = bool((finite % 1).any()) and 1e-2 <= finite.max(initial=0.0) < 1e3
+    fixed = (
+        table.dtype.kind == "f"
+        and bool((finite % 1).any())
+        and 1e-2 <= finite.max(initial=0.0) < 1e3
+    )
     rows = [[_text(entry, fixed) for entry in row] for row in table]
     if off is not None:
         near = ~off & (table != 0)

@@ -61,9 +61,9 @@ def unbroadcast(grad: Float[np.ndarray, "..."], shape: tuple[int, ...]) -> Float
     """
     if not _broadcasts(shape, grad.shape):
         raise ValueError(f"shape: expected one that broadcasts to {grad.shape}; got {shape}")
-    grad = grad.sum(axis=tuple(range(grad.ndim - len(shape))))
+    grad = np.sum(grad, axis=tuple(range(grad.ndim - len(shape))))
     stretched = tuple(i for i, n in enumerate(shape) if n == 1)
-    return grad.sum(axis=stretched, keepdims=True)
+    return np.asarray(grad.sum(axis=stretched, keepdims=True))
 
 
 def _broadcasts(shape: tuple[int, ...], to: tuple[int, ...]) -> bool:

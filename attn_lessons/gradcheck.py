@@ -72,9 +72,9 @@ def numerical_gradient(
 
     Without ``eps`` every entry gets its own step: h is halved from 1/64 (or from half of
     ``|x_i|``: log x must not see a negative x), Richardson's extrapolation removes the terms in
-    h² and h⁴, and halving ends where two results agree to 1e-10. Where rounding forbids that, a
-    second start at 1/64 or ``|x_i|/64``, the larger, may do better. 6 evaluations an entry are
-    enough where f changes slowly over 1/64.
+    h² and h⁴, and halving ends where two results agree to 1e-10. Where rounding forbids that,
+    larger steps are tried, up to ``max(1, |x_i|)/4``. 6 evaluations an entry are enough where
+    f changes slowly over 1/64.
 
     Shapes: ``x`` any, a scalar too; the result the same, in float64. A float32 ``x`` is lifted
     to float64, as float32 differences hold 3 digits. An infinite entry of ``x`` cannot be moved
@@ -373,7 +373,7 @@ def _slope(g: Callable[[float], float], t: float, h: float | None) -> Slope:
     near = min(2**-6, abs(t) / 2) if t else 2**-6
     # At t = 1e14 floats lie 1/64 apart: step over thousands of them.
     near = max(near, 2**12 * float(np.spacing(abs(t))))
-    return _searched(g, t, near, 2**-6 * max(1.0, abs(t)))
+    return _searched(g, t, near, max(1.0, abs(t)) / 4)
 
 
 def _slope_along(
@@ -389,7 +389,7 @@ def _slope_along(
     moved = (x != 0) & (v != 0)
     room = float((np.abs(x[moved]) / np.abs(v[moved])).min(initial=np.inf))
     near = min(2**-6 / longest, room / 2)
-    return _searched(_towards(f, x, v), 0.0, near, 2**-6 * _reach(x) / longest)
+    return _searched(_towards(f, x, v), 0.0, near, _reach(x) / longest / 4)
 
 
 def _measured(g: Callable[[float], float], t: float, h: float) -> Slope:
@@ -405,19 +405,27 @@ def _measured(g: Callable[[float], float], t: float, h: float) -> Slope:
 
 
 def _searched(g: Callable[[float], float], t: float, near: float, wide: float) -> Slope:
+    """Extrapolate from ``near`` down; where rounding spoils that, from ever larger steps."""
     slope = _extrapolated(g, t, near)
-    if slope.doubt <= 1e-9 or wide < 4 * near:
-        return slope
-    # f = 1 + x at x = 1e-6: a step within |x| drowns in rounding. A wide
-    # one may leave f's domain (log), so what it raises decides nothing.
+    # f = 1 + x at x = 1e-6: a step within |x| drowns in rounding.
+    while slope.doubt > 1e-9 and 4 * near <= wide and (slope.value or near < 2**-6):
+        near *= 4
+        larger = _ventured(g, t, near)
+        # x + cos x at x = 1e6: steps of 1e4 agree among themselves on
+        # the slope 1. What a larger step says must fit the smaller one's.
+        if not abs(larger.value - slope.value) <= 10 * slope.error:
+            break
+        slope = min(slope, larger, key=lambda s: s.doubt)
+    return slope
+
+
+def _ventured(g: Callable[[float], float], t: float, h: float) -> Slope:
+    # A large step may leave f's domain: what that raises decides nothing.
     try:
         with np.errstate(all="ignore"):
-            other = _extrapolated(g, t, wide)
+            return _richardson(*(_measured(g, t, h / n) for n in (1, 2, 4)))
     except (ArithmeticError, ValueError):
-        return slope
-    # x + cos x at x = 1e6: steps of 1e4 agree on the slope 1, and are wrong.
-    agree = abs(other.value - slope.value) <= 10 * slope.error
-    return other if agree and other.doubt < slope.doubt else slope
+        return Slope(np.nan, np.inf)
 
 
 def _extrapolated(g: Callable[[float], float], t: float, h: float) -> Slope:

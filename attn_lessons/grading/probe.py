@@ -79,6 +79,10 @@ class Probe:
     def __post_init__(self) -> None:
         if self.kind not in KINDS:
             raise ValueError(f"kind: expected one of {', '.join(KINDS)}; got {self.kind!r}")
+        params = {name: np.array(value) for name, value in self.params.items()}
+        for value in params.values():
+            value.flags.writeable = False
+        object.__setattr__(self, "params", params)
 
     @property
     def shape(self) -> tuple[int, ...]:
@@ -86,7 +90,8 @@ class Probe:
         return np.shape(self.params[SHAPED_LIKE[self.kind]])
 
     def __call__(self, x: Any) -> Any:
-        x = np.asarray(x)
+        # One memory order for all, so that sums round the same however x lies in memory.
+        x = np.asarray(x, order="C")
         if x.shape != self.shape:
             raise ValueError(f"f takes an array of shape {self.shape}; it was given {x.shape}")
         return KINDS[self.kind](x, self.params)
@@ -98,6 +103,9 @@ class Probe:
             and self.params.keys() == other.params.keys()
             and all(np.array_equal(v, other.params[k]) for k, v in self.params.items())
         )
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> Probe:
+        return self  # nothing in it can be written to
 
     def __hash__(self) -> int:
         return hash((self.kind, self.shape))

@@ -133,7 +133,8 @@ def read_chapter(notebook: Path) -> Chapter:
         for cell in cells:
             attn = cell["metadata"].get("attn", {})
             if "exercise" in attn:
-                points[attn["exercise"]] = int(attn.get("points", 0))
+                name = attn["exercise"]
+                points[name] = max(points.get(name, 0), int(attn.get("points", 0)))
     except (OSError, ValueError, KeyError, TypeError, AttributeError):
         pass
     return Chapter(notebook.name, title, tuple(points), sum(points.values()))
@@ -457,10 +458,11 @@ def run(options: argparse.Namespace, terminal: Terminal, children: Children) -> 
             terminal.say("packages", f"installed ({time.monotonic() - begun:.0f} s)")
         python = install.venv_python(root)
 
-    new = copy_exercises(project_root() / "exercises", workspace)
+    released = project_root() / "exercises"
+    new = copy_exercises(released, workspace)
     state.mkdir(exist_ok=True)
     write_lab_settings(state)
-    chapters = [read_chapter(path) for path in sorted(workspace.glob("ch??_*.ipynb"))]
+    chapters = [read_chapter(workspace / path.name) for path in sorted(released.glob("ch*.ipynb"))]
     told = f"{len(new)} of them new" if new else "as you left them"
     terminal.say("exercises", f"{len(chapters)} chapters in {workspace}, {told}")
 

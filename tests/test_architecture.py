@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
 import os
 import re
 import shutil
@@ -10,25 +9,13 @@ import subprocess
 import sys
 import tomllib
 import zipfile
-from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
-from importlinter.cli import lint_imports
 
 ROOT = Path(__file__).resolve().parents[1]
 PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text())
 CONTRACTS = PROJECT["tool"]["importlinter"]["contracts"]
-
-
-@contextlib.contextmanager
-def inside(folder: Path) -> Iterator[None]:
-    before = Path.cwd()
-    os.chdir(folder)
-    try:
-        yield
-    finally:
-        os.chdir(before)
 
 
 PACKAGE = ROOT / "attn_lessons"
@@ -60,10 +47,22 @@ def directly_in(container: str) -> set[str]:
 # ------------------------------------------------------------------------------------ floors
 
 
-def test_floors(capfd: pytest.CaptureFixture[str]) -> None:
-    with inside(ROOT):
-        code = lint_imports(config_filename=str(ROOT / "pyproject.toml"), no_cache=True)
-    assert code == 0, capfd.readouterr().out
+LINT = "from importlinter.cli import lint_imports_command as command; command()"
+
+
+def lint(folder: Path) -> subprocess.CompletedProcess[str]:
+    return subprocess.run(
+        [sys.executable, "-c", LINT, "--no-cache", "--no-logo"],
+        cwd=folder,
+        env={**os.environ, "PYTHONPATH": str(folder)},
+        capture_output=True,
+        text=True,
+    )
+
+
+def test_floors() -> None:
+    linted = lint(ROOT)
+    assert linted.returncode == 0, linted.stdout
 
 
 def test_floors_are_complete() -> None:
@@ -81,13 +80,7 @@ def test_a_wrong_import_would_be_found(tmp_path: Path) -> None:
     shutil.copytree(ROOT / "attn_lessons", tmp_path / "attn_lessons")
     with (tmp_path / "attn_lessons" / "softmax.py").open("a") as module:
         module.write("\nimport attn_lessons.grading.records\nimport torch\n")
-    linted = subprocess.run(
-        [sys.executable, "-c", "from importlinter.cli import lint_imports_command as m; m()"],
-        cwd=tmp_path,
-        env={**os.environ, "PYTHONPATH": str(tmp_path)},
-        capture_output=True,
-        text=True,
-    )
+    linted = lint(tmp_path)
     assert linted.returncode == 1
     assert "Floors: imports go down only BROKEN" in linted.stdout
     assert "The mathematics is NumPy BROKEN" in linted.stdout
@@ -122,8 +115,9 @@ def commands(paper: str) -> set[tuple[str, ...]]:
 
 @pytest.mark.parametrize("paper", ["README.md", "CONTRIBUTING.md"])
 def test_commands_that_papers_name_exist(paper: str) -> None:
-    from attn_lessons.cli import app
     from typer.main import get_command
+
+    from attn_lessons.cli import app
 
     named = commands(paper)
     targets = set(re.findall(r"^(\w+):", (ROOT / "Makefile").read_text(), re.MULTILINE))

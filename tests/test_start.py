@@ -44,7 +44,7 @@ if (root / "break").exists():
 
 def notebook(title: str) -> str:
     answer = {"attn": {"role": "answer", "exercise": "softmax", "points": 3}}
-    check = {"attn": {"role": "check", "exercise": "softmax", "points": 3}}
+    check = {"attn": {"role": "check", "exercise": "softmax"}}
     code = {"cell_type": "code", "execution_count": None, "outputs": []}
     cells = [
         {"cell_type": "markdown", "id": "a", "metadata": {}, "source": [f"# {title}\n", "text"]},

@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import os
 import textwrap
+from collections.abc import Sequence
 from html import escape
 from typing import Any
 
@@ -141,7 +142,7 @@ def html(judgement: Judgement, exercise: Exercise | None = None) -> str:
 
 
 MUTED = "opacity:.8;margin-top:.6em"
-MONO = "font-family:var(--jp-code-font-family,ui-monospace,monospace);font-size:.9em"
+MONO = "font-family:var(--jp-code-font-family,ui-monospace,monospace);font-size:.87em"
 
 
 def _box(colour: str, mark: str, title: str, body: str) -> str:
@@ -207,31 +208,41 @@ def _failure_html(fault: Mismatch) -> str:
 
 
 def _numbers_html(fault: Mismatch) -> str:
+    """Matrices beside each other, vectors and single numbers below each other in one table."""
     view = _View(fault)
-    tables = "".join(_table(label, table, view) for label, table in view.tables)
-    part = f"<div style='{MUTED};margin-bottom:.2em'>{escape(view.title)}</div>"
-    return f"{part}<div style='display:flex;flex-wrap:wrap;gap:.4em 1.6em'>{tables}</div>"
+    if view.rows:
+        parts = [_table(label, view.rows, view.columns, e, view.off) for label, e in view.tables]
+    else:
+        labels = [label for label, _ in view.tables]
+        entries = [rows[0] for _, rows in view.tables]
+        parts = [_table("", labels, view.columns, entries, view.off.repeat(len(labels), axis=0))]
+    tables = "".join(parts)
+    title = f"<div style='{MUTED};margin-bottom:.2em'>{escape(view.title)}</div>"
+    return f"{title}<div style='display:flex;flex-wrap:wrap;gap:.4em 1.2em'>{tables}</div>"
 
 
-def _table(label: str, entries: list[list[str]], view: _View) -> str:
-    plain = "border:0;background:none;text-align:right;padding:.1em .5em;font-weight:400"
-    faint = f"{plain};opacity:.65"
-    head = f"<td style='{faint}'></td>" + "".join(
-        f"<th scope='col' style='{faint}'>{i}</th>" for i in view.columns
-    )
-    rows = [f"<tr style='background:none'>{head}</tr>"]
-    for i, row in enumerate(entries):
-        cells = f"<th scope='row' style='{faint}'>{view.rows[i]}</th>" if view.rows else ""
-        cells = cells or f"<td style='{faint}'></td>"
-        for j, entry in enumerate(row):
-            off = view.off[i, j]
-            style = f"{plain};font-weight:700;background:rgba(214,69,61,.22)" if off else plain
-            cells += f"<td style='{style}'>{escape(entry)}</td>"
-        rows.append(f"<tr style='background:none'>{cells}</tr>")
+def _table(
+    label: str,
+    names: Sequence[object],
+    columns: Sequence[int],
+    entries: list[list[str]],
+    off: np.ndarray,
+) -> str:
+    plain = "border:0;background:none;text-align:right;padding:.1em .4em;font-weight:400"
+    faint = f"{plain};opacity:.7"
+    heads = "".join(f"<th scope='col' style='{faint}'>{i}</th>" for i in columns)
+    rows = [f"<td style='{faint}'></td>{heads}"] if heads else []
+    for i, name in enumerate(names):
+        cells = f"<th scope='row' style='{faint}'>{name}</th>"
+        for j, entry in enumerate(entries[i]):
+            marked = ";font-weight:700;background:rgba(214,69,61,.22)" if off[i, j] else ""
+            cells += f"<td style='{plain}{marked}'>{escape(entry)}</td>"
+        rows.append(cells)
+    body = "".join(f"<tr style='background:none'>{row}</tr>" for row in rows)
     caption = f"<caption style='caption-side:top;text-align:left;opacity:.8'>{label}</caption>"
     return (
         f"<table style='{MONO};border-collapse:collapse;border:0;margin:0;width:auto;"
-        f"font-variant-numeric:tabular-nums'>{caption}{''.join(rows)}</table>"
+        f"font-variant-numeric:tabular-nums'>{caption if label else ''}{body}</table>"
     )
 
 

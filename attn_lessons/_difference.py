@@ -174,6 +174,10 @@ def _nonfinite(pair: _Pair) -> Iterator[Observation]:
     where = _where(pair.nonfinite)
     detail = {"count": int(pair.nonfinite.sum()), "where": where}
     yield Observation("nonfinite", f"{where} {_are(pair.nonfinite)} {what}", detail)
+    rest = pair.wrong & ~pair.nonfinite
+    if rest.any():
+        text = f"of the finite entries {int(rest.sum())} are off as well"
+        yield Observation("nonfinite_rest", text, {"count": int(rest.sum())})
 
 
 def _zeros(pair: _Pair) -> Iterator[Observation]:

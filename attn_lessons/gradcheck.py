@@ -268,8 +268,8 @@ class GradientReport:
     """Where and how a gradient differs from the measured one; ``str()`` says it in words.
 
     ``error`` holds the relative errors, 0 where the difference is below what the measurement
-    resolves; ``wrong`` the entries that are off, ``where`` the index of the worst of them (None
-    where none is, or the shapes differ), ``observations`` what relation holds.
+    resolves; ``wrong`` the entries that are off, ``where`` the index of the one with the largest
+    difference (None where none is off, or the shapes differ), ``observations`` what relation holds.
     """
 
     name: str
@@ -292,7 +292,7 @@ class GradientReport:
         if self.where is not None:
             got, want = self.got[self.where], self.want[self.where]
             at = f" at {_place(self.where)}" if self.where else ""
-            lines.append(f"largest error{at}: {got:.6g}, numerically {want:.6g}")
+            lines.append(f"largest difference{at}: {got:.6g}, numerically {want:.6g}")
         return "\n- ".join([*lines, *(o.text for o in self.observations)])
 
 
@@ -323,8 +323,9 @@ def check_gradient(
         return GradientReport(name, False, got, want, nan, np.nan, None, wrong, seen)
     wrong = wrong_entries(got, want, rtol, noise)
     error = np.where(~wrong & (np.abs(got - want) <= noise), 0, _relative_errors(got, want))
-    worst = np.where(np.isnan(error), np.inf, error)
-    where = _worst(np.where(wrong, worst, -1)) if wrong.any() else None
+    with np.errstate(invalid="ignore"):
+        off = np.where(wrong, np.nan_to_num(np.abs(got - want), nan=np.inf), -1)
+    where = _worst(off) if wrong.any() else None
     ok = not wrong.any()
     top = float(error.max(initial=0))
     return GradientReport(name, ok, got, want, error, top, where, wrong, () if ok else seen)

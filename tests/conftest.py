@@ -1,7 +1,6 @@
 """For every test: shapes checked at run time, hypothesis that repeats itself, no shared state."""
 
 import os
-from collections.abc import Iterator
 from pathlib import Path
 
 import hypothesis
@@ -32,7 +31,6 @@ hypothesis.settings.load_profile(os.environ.get("HYPOTHESIS_PROFILE", "ci"))
 
 
 @pytest.fixture
-def unchecked(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+def unchecked(monkeypatch: pytest.MonkeyPatch) -> None:
     """As outside the tests: no shape checks before the function's own, so its errors are seen."""
     monkeypatch.setattr(jaxtyping.config, "jaxtyping_disable", True)
-    yield

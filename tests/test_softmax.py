@@ -383,10 +383,10 @@ def test_ignored_rows_equal_torch(batch, smoothing, rng):
 
 def test_nothing_to_count_costs_nothing():
     z = np.array([[np.nan, 1.0], [2.0, 3.0]])
-    for logits, targets in ((z, np.array([-1, -1])), (z[:0], np.array([], int))):
-        loss, dlogits = cross_entropy(logits, targets, 0.1, ignore_index=-1)
+    for rows, targets in ((z, np.array([-1, -1])), (z[:0], np.array([], int))):
+        loss, dlogits = cross_entropy(rows, targets, 0.1, ignore_index=-1)
         assert loss == 0
-        assert np.array_equal(dlogits, np.zeros_like(logits))
+        assert np.array_equal(dlogits, np.zeros_like(rows))
     assert np.isnan(torch_cross_entropy(z, np.array([-1, -1]), ignore_index=-1)[0]), "torch: NaN"
 
 

@@ -106,8 +106,7 @@ def plain(value: Any, depth: int = 0) -> Any:
             return {str(key): plain(item, depth + 1) for key, item in value.items()}
     if hasattr(value, "detach"):  # a torch tensor that may want gradients
         value = value.detach().cpu()
-        if "bfloat16" in str(value.dtype):  # NumPy has no such type
-            value = value.float()
+        value = (value.float() if "bfloat16" in str(value.dtype) else value).numpy()
     return _numeric(np.array(value))
 
 

@@ -190,8 +190,8 @@ def rebuild(released: Notebook, submission: Notebook, emit: Callable[[str], str]
 
 def missing(released: Notebook, submission: Notebook) -> tuple[str, ...]:
     """Exercises for which the submission has no answer cell at all."""
-    found = _match(released, submission).values()
-    answered = {released.cells[number].exercise for number in found}
+    found = [released.cells[number] for number in _match(released, submission).values()]
+    answered = {cell.exercise for cell in found if cell.role == "answer"}
     return tuple(e for e in released.exercises if e not in answered)
 
 

@@ -101,7 +101,7 @@ def decode(message: Any, depth: int = 0) -> Any:
                 return tuple(decode(item, depth + 1) for item in items)
             case ["l", list(items)]:
                 return [decode(item, depth + 1) for item in items]
-            case ["p", str(kind), params]:
+            case ["p", str(kind), ["d", list()] as params]:
                 return Probe(kind, decode(params, depth + 1))
             case ["d", list(items)]:
                 return {decode(k, depth + 1): decode(v, depth + 1) for k, v in items}

@@ -208,7 +208,7 @@ def _cross_entropy_cases(rng: Rng) -> list[Case]:
             hint="A tenth of the target's weight is spread over all 6 classes, target included.",
         ),
         Case(
-            "label smoothing 0.4, two classes",
+            "label smoothing 0.4 of two classes",
             batch(5, 2),
             {"label_smoothing": 0.4},
             hint="With K = 2 the target keeps 0.8.",
@@ -219,7 +219,7 @@ def _cross_entropy_cases(rng: Rng) -> list[Case]:
             hint="The target is the least likely class: the loss is the gap, about 1e4.",
         ),
         Case(
-            "large logits, smoothed",
+            "large logits and smoothing",
             (rng.uniform(-1e4, 1e4, size=(3, 5)), rng.integers(5, size=3)),
             {"label_smoothing": 0.2},
             hint="Every class now has weight in the loss, so every log-probability counts.",

@@ -157,7 +157,7 @@ def _numerical_gradient_cases(rng: Rng) -> list[Case]:
             rtol=BY_DEFAULT,
         ),
         Case(
-            "eps=0.01 given, a matrix",
+            "eps=0.01 given for a matrix",
             _cubic(rng, (3, 2)),
             {"eps": 0.01},
             hint="The given step is used as it is, in every entry.",
@@ -241,7 +241,7 @@ def _directional_cases(rng: Rng) -> list[Case]:
             atol=BY_DEFAULT,
         ),
         Case(
-            "a matrix, not contiguous",
+            "a matrix not contiguous in memory",
             (awkward[0], *(scattered(a) for a in awkward[1:])),
             hint="The inner product runs over all entries of both matrices.",
             atol=BY_DEFAULT,

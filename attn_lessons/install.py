@@ -6,6 +6,7 @@ Standard library only, since it runs before anything is installed.
 from __future__ import annotations
 
 import hashlib
+import re
 import shutil
 import subprocess
 import sys
@@ -127,12 +128,10 @@ def lines_of(
 
 def describe(line: str) -> str:
     """The one word of a line of pip that a waiting person wants to see."""
-    words = line.split()
-    if words[:1] == ["Collecting"] and len(words) > 1:
-        return words[1].split("=")[0].split("<")[0].split(">")[0].split("[")[0]
-    if words[:2] == ["Installing", "collected"]:
-        return "unpacking"
-    return ""
+    collected = re.match(r"Collecting ([\w.-]*\w)", line)
+    if collected:
+        return collected[1]
+    return "unpacking" if line.startswith("Installing collected") else ""
 
 
 def ensure(

@@ -33,7 +33,9 @@ if (built / "built-from").exists():
 print("[1/2] ch01_softmax: ran in 0.1 s", flush=True)
 while not (root / "go").exists():
     time.sleep(0.05)
-if (root / "break").exists():
+if (root / "warn").exists():
+    (built / "html" / "index.html").write_text("<h1>The book, with a warning</h1>")
+if (root / "warn").exists() or (root / "break").exists():
     print("The book was not built: ch01_softmax.md:12: WARNING", flush=True)
     sys.exit(1)
 (built / "html" / "index.html").write_text("<h1>The book</h1>")
@@ -381,6 +383,17 @@ def test_a_book_that_fails_leaves_the_exercises_running(
     assert state["failed"] is True
     assert "ch01_softmax.md:12" in state["log"]
     assert fetch(run.lab)[0] == 200
+
+
+def test_a_book_with_warnings_is_shown_and_the_warnings_are_said(
+    project: Path, tmp_path: Path, runs: list[Run]
+) -> None:
+    (project / "go").touch()
+    (project / "warn").touch()
+    run = Run(project, tmp_path / "workspace", 20000 + os.getpid() % 20000)
+    runs.append(run)
+    assert "not without warnings" in run.until("all it said")
+    assert fetch(run.book) == (200, "<h1>The book, with a warning</h1>")
 
 
 def test_the_server_ends_when_its_starter_is_killed(

@@ -118,8 +118,8 @@ def _shapes(got: Array, want: Array, rtol: float) -> tuple[Observation, ...]:
 
 
 def _shape_relations(got: Array, want: Array, rtol: float) -> Iterator[Observation]:
-    def equal(a: Any, b: Array) -> bool:
-        return a.shape == b.shape and not wrong_entries(np.asarray(a), b, rtol).any()
+    def equal(a: Any, b: Any) -> bool:
+        return a.shape == b.shape and not wrong_entries(np.asarray(a), np.asarray(b), rtol).any()
 
     squeezed = equal(got.squeeze(), want.squeeze())
     if squeezed and got.ndim != want.ndim:

@@ -76,6 +76,8 @@ WRONG = [
     (M, (M, M[0]), "y is 2 values, expected one array of shape (3, 4)"),
     (None, M, "y is one array of shape (3, 4), expected None"),
     ("dq", None, "y is None, expected 'dq'"),
+    ("dq", 1, "y is 1, expected 'dq'"),
+    (None, 0.5, "y is 0.5, expected None"),
     ("dq", "dk", "y is 'dk', expected 'dq'"),
     (True, 1, "y: dtype int64, expected bool"),
     (1.0, True, "y: dtype bool, expected float64"),

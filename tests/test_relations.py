@@ -164,6 +164,7 @@ def test_precision_lost_on_the_way():
 
 EXCEPTIONS = [
     (lambda dp, p, axis=-1: p.T @ np.ones((9, 9)), "last axis of a"),
+    (lambda dp, p, axis=-1: np.dot(np.ones((3, 4)), np.ones((3, 4))), "np.dot multiplies matrices"),
     (lambda dp, p, axis=-1: p.sum(axis=7), "axis 7 does not exist in an array with 1 axes"),
     (lambda dp, p, axis=-1: undefined_name * p, "the name undefined_name means nothing"),
     (lambda dp, p, axis=-1: p if p > 0 else dp, "np.where"),
@@ -206,6 +207,23 @@ def test_an_earlier_mistake_is_carried():
     assert early.why in late.why
     exercise = exercise_of(lambda x: x * 3, (np.ones(3),), id="toy", mistakes=(late,))
     assert answer(exercise, lambda x: x + x).diagnosis.mistake == late.name
+
+
+def test_signs_and_sides():
+    assert "dz is right in size everywhere, but not in sign" in seen(
+        BACKWARD, lambda dp, p, axis=-1: np.abs(backward(dp, p, axis))
+    )
+
+    def largest(x):
+        return float(np.max(x) - np.min(x))
+
+    rng = np.random.default_rng(2)
+    exercise = exercise_of(largest, (rng.normal(size=5),), (rng.normal(size=8),))
+    assert seen(exercise, lambda x: float(np.mean(x)) / 9)[0] == "y is smaller than it should be"
+    assert seen(exercise, lambda x: 9 + np.max(x) ** 2)[0] == "y is larger than it should be"
+    assert seen(exercise, lambda x: -largest(x))[0] == (
+        "y has the opposite sign and is right otherwise"
+    )
 
 
 def test_nothing_is_said_where_nothing_holds():

@@ -188,7 +188,8 @@ def _pairs(got: Any, want: Any, name: str, names: tuple[str, ...]) -> Iterator[L
         yield from _mapping(got, want, name)
     elif want is None or isinstance(want, str):
         if not (got is None or isinstance(got, str)):
-            raise StructureError(name, f"{name} is {_build(got)}, expected {want!r}")
+            shown = number(got) if isinstance(got, bool | int | float | np.generic) else _build(got)
+            raise StructureError(name, f"{name} is {shown}, expected {want!r}")
         yield Leaf(name, got, want)
     else:
         yield Leaf(name, _numbers(got, want, name), np.asarray(want))

@@ -172,12 +172,14 @@ def _reasons_html(diagnosis: Diagnosis | None, fault: Mismatch) -> str:
             f"<div style='margin:.3em 0'><strong>{escape(_capital(diagnosis.mistake))}.</strong> "
             f"{escape(_sentence(diagnosis.why))} {_link(diagnosis.section)}</div>"
         )
+    numeric = fault.kind in ("values", "nonfinite", "shape")
     if not diagnosis.observations:
-        return ""
+        unknown = "None of the known mistakes gives these numbers."
+        return f"<div style='margin:.3em 0'>{unknown}</div>" if numeric else ""
     items = (escape(_sentence(fact)) for fact in diagnosis.observations)
     facts = "".join(f"<li>{item}</li>" for item in items)
     known = "None of the known mistakes gives these numbers. What can be seen in them:"
-    intro = known if fault.kind in ("values", "nonfinite", "shape") else "What can be seen:"
+    intro = known if numeric else "What can be seen:"
     return (
         f"<div style='margin:.3em 0'>{intro}"
         f"<ul style='margin:.2em 0 .2em 1.2em;padding:0'>{facts}</ul></div>"

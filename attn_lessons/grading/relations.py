@@ -151,8 +151,6 @@ def _output(name: str, exercise: Exercise, paired: Sequence[Look]) -> Iterator[s
     wrong = [look for look in paired if _is_wrong(exercise, look, name)]
     found = [dict(_facts(name, look, exercise)) for look in wrong]
     common = _common(found)
-    if all(look.values[name][1].size == 1 for look in wrong):
-        common = [key for key in common if key != PROPORTIONAL]
     if common:
         for key in common:
             text = found[0][key]
@@ -163,19 +161,32 @@ def _output(name: str, exercise: Exercise, paired: Sequence[Look]) -> Iterator[s
     first = wrong[0].case.name
     here = [facts for look, facts in zip(wrong, found, strict=True) if look.case.name == first]
     if len(here) > 1:
-        yield from (f"in the case “{first}”, {here[0][key]}" for key in _common(here))
+        common = [key for key in _common(here) if key[0] != "side"]
+        yield from (f"in the case “{first}”, {here[0][key]}" for key in common)
+        yield from _same_number(name, here)
+
+
+def _same_number(name: str, here: Sequence[Mapping[Any, str]]) -> Iterator[str]:
+    """Which sizes of one call are the plain number that an output is too large by."""
+    labels = [key[1] for key in here[0] if key[0] == "factor" and all(key in f for f in here)]
+    named = [label for label in labels if "." in label and not _is_literal(label)]
+    if labels and _is_literal(labels[0]) and named:
+        yield f"{labels[0]} is also {named[0]} there"
 
 
 def _common(found: Sequence[Mapping[Any, str]]) -> list[Any]:
     """What is found everywhere, and of all ways to say a factor the first."""
     keys = [key for key in found[0] if all(key in facts for facts in found)]
-    factors = [key for key in keys if key == PROPORTIONAL or key[0] == "factor"]
-    return [key for key in keys if key not in factors[1:]]
+    factors = [key for key in keys if key[0] == "factor"]
+    keys = [key for key in keys if key not in factors[1:] and not (factors and key == SIGNS)]
+    # That a number is too large says nothing beside how it is.
+    return [key for key in keys if key[0] != "side" or len(keys) == 1]
 
 
 # ------------------------------------------------------------------------------- one output
 
 Fact = tuple[Any, str]  # what makes it the same fact in another case, and the words
+SIGNS = ("signs",)
 PROPORTIONAL = ("factor", "of no known name")
 
 
@@ -190,6 +201,7 @@ def _facts(name: str, look: Look, exercise: Exercise) -> Iterator[Fact]:
         yield from _factor(name, got, want, look, exercise, same)
     yield from _difference(name, got, want, same)
     yield from _small(name, got, want)
+    yield from _side(name, got, want)
 
 
 def _boolean(name: str, got: np.ndarray, want: np.ndarray) -> Iterator[Fact]:
@@ -221,12 +233,16 @@ def _factor(
     sign = "-" if factor < 0 else ""
     for label, value in _constants(look.case, exercise):
         if abs(abs(factor) - value) <= 10 * same * value:
-            known = re.fullmatch(r"[\d/]+", label) is not None
-            here = "" if known else f" ({compare.number(factor)} in the case “{look.case.name}”)"
+            here = (
+                ""
+                if _is_literal(label)
+                else f" ({compare.number(factor)} in the case “{look.case.name}”)"
+            )
             yield ("factor", sign + label), f"{name} is {sign}{label} times what it should be{here}"
     fixed = compare.number(factor)
     yield ("factor", fixed), f"{name} is {fixed} times what it should be"
-    yield PROPORTIONAL, f"{name} is proportional to what it should be, by a factor that varies"
+    if want.size > 1:
+        yield PROPORTIONAL, f"{name} is proportional to what it should be, by a factor that varies"
 
 
 def _ratio(got: np.ndarray, want: np.ndarray, same: float) -> float | None:
@@ -257,6 +273,10 @@ def _constants(case: Case, exercise: Exercise) -> Iterator[tuple[str, float]]:
             yield from _powers(name, value)
             if value < 1:
                 yield from _powers(f"(1 - {name})", 1 - value)
+
+
+def _is_literal(label: str) -> bool:
+    return re.fullmatch(r"-?[\d/.e+-]+", label) is not None
 
 
 def _powers(label: str, value: float) -> Iterator[tuple[str, float]]:
@@ -295,6 +315,21 @@ def _small(name: str, got: np.ndarray, want: np.ndarray) -> Iterator[Fact]:
             f"{name} is right to {-round(np.log10(share))} digits: something small is left out or "
             f"added, or precision is lost on the way{like}",
         )
+
+
+def _side(name: str, got: np.ndarray, want: np.ndarray) -> Iterator[Fact]:
+    """Right but for signs; and of single numbers, whether they are too large or too small."""
+    if got.shape != want.shape or not {got.dtype.kind, want.dtype.kind} <= set("iuf"):
+        return
+    if got.size > 1 and _close(np.abs(got), np.abs(want)) and not _close(got, -want):
+        yield SIGNS, f"{name} is right in size everywhere, but not in sign"
+    if got.size == 1 and np.isfinite(got).all() and np.isfinite(want).all():
+        if _close(np.abs(got), np.abs(want)):
+            yield SIGNS, f"{name} is right but for its sign"
+        elif got < want:
+            yield ("side", "small"), f"{name} is smaller than it should be"
+        else:
+            yield ("side", "large"), f"{name} is larger than it should be"
 
 
 def arguments(exercise: Exercise, case: Case) -> dict[str, Any]:
@@ -366,6 +401,13 @@ def _product(match: re.Match[str]) -> str:
 
 _EXPLAINED: tuple[tuple[str, Callable[[re.Match[str]], str]], ...] = (
     (r"could not be broadcast together with shapes (\([\d,]*\)) (\([\d,]*\))", _broadcast),
+    (
+        r"shapes .* not aligned",
+        lambda m: (
+            "np.dot multiplies matrices: for the inner product of two arrays of one shape, "
+            "multiply them entry by entry and sum"
+        ),
+    ),
     (r"matmul.*size (\d+) is different from (\d+)", _product),
     (
         r"axis (-?\d+) is out of bounds for array of dimension (\d+)",

@@ -147,7 +147,6 @@ def test_a_loop_that_cannot_be_interrupted_ends_its_kernel_only(root, grade):
     [
         "import os\nos._exit(0)",
         "def softmax(z, axis=-1):\n    import os\n    os.kill(os.getpid(), 9)",
-        "import os\nos.kill(os.getppid(), 9)",
         "import ctypes\nctypes.string_at(0)",
     ],
 )
@@ -157,6 +156,12 @@ def test_a_dead_kernel_is_noticed_at_once(root, grade, deadly):
     only(statuses, "error")
     assert "ended the kernel" in row.exercises[0].message
     assert time.monotonic() - begun < 45
+
+
+def test_a_notebook_that_kills_more_than_its_kernel_harms_no_other(root, grade):
+    _, row = grade(typed(root, "import os\nos.kill(os.getppid(), 9)"), timeout=60)
+    assert row.exercises[0].status == "error"
+    only(grade(typed(root, RIGHT))[0], "passed")
 
 
 # No code cells: pytest's exit code 5.

@@ -86,7 +86,7 @@ class ForkServer:
 
     def __init__(self, modules: tuple[str, ...] = ()) -> None:
         self.modules = modules
-        self._process: subprocess.Popen[str] | None = None
+        self.process: subprocess.Popen[str] | None = None
 
     def start(self, limits: Limits) -> ForkedKernel:
         room = Room()
@@ -109,22 +109,22 @@ class ForkServer:
             raise RuntimeError(f"the process that starts kernels is gone: {error}") from None
 
     def close(self) -> None:
-        if self._process is None:
+        if self.process is None:
             return
-        for stream in (self._process.stdin, self._process.stdout):
+        for stream in (self.process.stdin, self.process.stdout):
             if stream is not None:
                 with contextlib.suppress(OSError):
                     stream.close()
         try:
-            self._process.wait(2)
+            self.process.wait(2)
         except subprocess.TimeoutExpired:
-            self._process.kill()
-            self._process.wait()
-        self._process = None
+            self.process.kill()
+            self.process.wait()
+        self.process = None
 
     def _running(self) -> subprocess.Popen[str]:
-        if self._process is None or self._process.poll() is not None:
-            self._process = subprocess.Popen(
+        if self.process is None or self.process.poll() is not None:
+            self.process = subprocess.Popen(
                 [sys.executable, "-m", WARM, *self.modules],
                 stdin=subprocess.PIPE,
                 stdout=subprocess.PIPE,
@@ -132,8 +132,8 @@ class ForkServer:
                 text=True,
                 env=kernel_environment(Path(tempfile.gettempdir())),
             )
-            self._read(self._process)
-        return self._process
+            self._read(self.process)
+        return self.process
 
     @staticmethod
     def _read(process: subprocess.Popen[str]) -> dict[str, Any]:
@@ -151,6 +151,7 @@ class ForkedKernel:
 
     def __init__(self, server: ForkServer, room: Room, pid: int) -> None:
         self.server, self.room, self.pid = server, room, pid
+        self._parent = server.process
         self.connection_file = room.connection_file
         self._code: int | None = None
 
@@ -165,10 +166,15 @@ class ForkedKernel:
         self.room.remove()
 
     def _ask(self, what: str) -> int | None:
+        died_with_it = -signal.SIGKILL
+        if self._parent is None or self.server.process is not self._parent:
+            return died_with_it
+        if self._parent.poll() is not None:
+            return died_with_it
         try:
             return self.server.ask({"do": what, "pid": self.pid})["code"]
         except RuntimeError:
-            return -signal.SIGKILL  # it died with its server
+            return died_with_it
 
 
 class OwnKernel:

@@ -137,13 +137,14 @@ def _unused(path: Path) -> Path:
 def _chapter_html(row: NotebookRow, upcoming: ExerciseRow | None) -> str:
     lines = []
     for number, exercise in enumerate(row.exercises):
-        first = (
-            f"<th rowspan='{len(row.exercises)}'>{escape(row.chapter)}</th>" if not number else ""
-        )
-        mark = "✓ " if exercise.status == "passed" else "→ next: " if exercise is upcoming else ""
+        span = f"rowspan='{len(row.exercises)}' style='vertical-align:top'"
+        first = "" if number else f"<th scope='rowgroup' {span}>{escape(row.chapter)}</th>"
+        mark = "✓ " if exercise.status == "passed" else "→ " if exercise is upcoming else ""
+        weight = "bold" if exercise is upcoming else "normal"
+        left = f"<td style='text-align:left;font-weight:{weight}'>"
         lines.append(
-            f"<tr>{first}<td style='text-align:left'><code>{escape(exercise.id)}</code></td>"
-            f"<td style='text-align:left'>{mark}{escape(state(exercise))}</td>"
+            f"<tr>{first}{left}{mark}<code>{escape(exercise.id)}</code></td>"
+            f"{left}{escape(state(exercise))}</td>"
             f"<td>{exercise.points} / {exercise.max_points}</td></tr>"
         )
     return "".join(lines)

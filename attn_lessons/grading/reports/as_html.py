@@ -36,7 +36,7 @@ th[scope=row] { font-weight: 600; } .number { text-align: right; white-space: no
   font-variant-numeric: tabular-nums; }
 td.text { min-width: 16rem; overflow-wrap: anywhere; }
 code { font: .9em ui-monospace, monospace; }
-.passed, .graded { color: var(--good); }
+.passed { color: var(--good); } .graded { color: var(--soft); }
 .failed, .error, .crashed, .unreadable { color: var(--bad); }
 .timeout, .missing { color: var(--wait); } .status { font-weight: 600; white-space: nowrap; }
 .bar { display: inline-block; width: 6rem; height: .5rem; border-radius: .25rem;
@@ -45,7 +45,6 @@ code { font: .9em ui-monospace, monospace; }
 """
 MARKS = {
     "passed": "✓",
-    "graded": "✓",
     "failed": "✗",
     "error": "✗",
     "crashed": "✗",
@@ -84,13 +83,13 @@ def _index_page(rows: Sequence[NotebookRow]) -> str:
         "<h2 id='notebooks'>Notebooks</h2>",
         _table(
             "notebooks",
-            ("Student", "Chapter", "Status", "Points", "Exercises passed", "Message"),
+            ("Student", "Chapter", "Points", "Passed", "Status", "Message"),
             (_index_row(row) for row in rows),
         ),
         "<h2 id='exercises'>Exercises</h2>",
         _table(
             "exercises",
-            ("Exercise", "Chapter", "Passed", "Most frequent mistake"),
+            ("Exercise", "Passed", "Most frequent mistake", "Chapter"),
             _exercise_rows(rows),
         ),
     ]
@@ -101,9 +100,9 @@ def _index_row(row: NotebookRow) -> str:
     passed = sum(e.status == "passed" for e in row.exercises)
     return (
         f"<tr><th scope='row'><a href='{page_name(row)}'>{escape(row.student)}</a></th>"
-        f"<td>{escape(row.chapter)}</td>{_status(row.status)}"
+        f"<td>{escape(row.chapter)}</td>"
         f"<td class='number'>{row.points} / {row.max_points}</td>"
-        f"<td class='number'>{passed} / {len(row.exercises)}</td>"
+        f"<td class='number'>{passed} / {len(row.exercises)}</td>{_status(row.status)}"
         f"<td class='text'>{escape(row.message)}</td></tr>"
     )
 
@@ -119,10 +118,10 @@ def _exercise_rows(rows: Sequence[NotebookRow]) -> Iterator[str]:
         often = f"{escape(mistakes[0][0])} ({mistakes[0][1]})" if mistakes else ""
         width = round(100 * passed / len(results))
         yield (
-            f"<tr><th scope='row'><code>{escape(name)}</code></th><td>{escape(chapter)}</td>"
+            f"<tr><th scope='row'><code>{escape(name)}</code></th>"
             f"<td class='number'><span class='bar' aria-hidden='true'>"
             f"<i style='width:{width}%'></i></span>{passed} / {len(results)}</td>"
-            f"<td class='text'>{often}</td></tr>"
+            f"<td class='text'>{often}</td><td>{escape(chapter)}</td></tr>"
         )
 
 
@@ -154,8 +153,8 @@ def _exercise_row(exercise: ExerciseRow) -> str:
 
 
 def _status(status: str) -> str:
-    mark = f"<span aria-hidden='true'>{MARKS.get(status, '')}</span>"
-    return f"<td class='status {escape(status)}'>{mark} {escape(status)}</td>"
+    mark = f"<span aria-hidden='true'>{MARKS[status]}</span> " if status in MARKS else ""
+    return f"<td class='status {escape(status)}'>{mark}{escape(status)}</td>"
 
 
 def _share(points: int, most: int) -> str:
@@ -176,7 +175,7 @@ def _table(label: str, columns: Sequence[str], rows: Iterator[str]) -> str:
 
 
 def _number(column: str) -> str:
-    return " class='number'" if column in ("Points", "Exercises passed", "Passed") else ""
+    return " class='number'" if column in ("Points", "Passed") else ""
 
 
 def _page(title: str, body: Sequence[str]) -> str:

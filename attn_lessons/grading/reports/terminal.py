@@ -12,7 +12,7 @@ from attn_lessons.grading.records import ExerciseRow, NotebookRow
 
 STYLES = {
     "passed": "green",
-    "graded": "green",
+    "graded": "",
     "failed": "red",
     "error": "red",
     "crashed": "red",
@@ -21,6 +21,7 @@ STYLES = {
     "missing": "yellow",
 }
 MARKS = {"passed": "✓", "failed": "✗", "error": "!", "timeout": "◷", "missing": "–"}
+UNSOLVED = "not solved yet"
 
 
 def report(rows: Sequence[NotebookRow]) -> Group:
@@ -63,7 +64,7 @@ def state(exercise: ExerciseRow) -> str:
     """What became of one exercise, for the person who works on it."""
     if exercise.status == "passed":
         return "solved"
-    if exercise.message == "not solved yet" or exercise.status == "missing":
+    if exercise.message == UNSOLVED or exercise.status == "missing":
         return "to do"
     return exercise.mistake or f"not right yet: {exercise.message}"
 
@@ -97,7 +98,7 @@ def exercises(row: NotebookRow) -> Table:
     table.add_column("points", justify="right", no_wrap=True)
     table.add_column("what is wrong", overflow="fold")
     for exercise in row.exercises:
-        named = f"{exercise.mistake}. " if exercise.mistake else ""
+        named = f"{exercise.mistake}; " if exercise.mistake else ""
         wrong = "" if exercise.status == "passed" else f"{named}{exercise.message}"
         table.add_row(
             exercise.id,
@@ -113,11 +114,14 @@ def legend() -> Text:
     text = Text(style="dim")
     for status, mark in MARKS.items():
         text.append(mark, STYLES[status]).append(f" {status}   ")
-    return text
+    return text.append("○").append(f" {UNSOLVED}")
 
 
 def _marks(exercises: Sequence[ExerciseRow]) -> Text:
     text = Text()
     for exercise in exercises:
-        text.append(MARKS[exercise.status], STYLES[exercise.status])
+        if exercise.message == UNSOLVED:
+            text.append("○", "dim")
+        else:
+            text.append(MARKS[exercise.status], STYLES[exercise.status])
     return text

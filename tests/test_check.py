@@ -71,9 +71,7 @@ def test_wrong_use_is_one_clear_line():
     with pytest.raises(ValueError, match="no exercise is called 'forward'") as unknown:
         check("forward", backward)
     assert len(unknown.value._render_traceback_()) == 1
-    with pytest.raises(
-        ValueError, match="function: expected the function backward itself"
-    ) as value:
+    with pytest.raises(ValueError, match="function: expected backward itself") as value:
         check("backward", np.ones((2, 3)))
     assert "got ndarray of shape (2, 3)" in str(value.value)
     with pytest.raises(ValueError, match="got NoneType"):

@@ -59,7 +59,7 @@ def check(exercise_id: str, function: Callable[..., Any]) -> Passed:
         raise WrongUse(str(unknown)) from None
     if not callable(function):
         raise WrongUse(
-            f"function: expected the function {exercise.id} itself, without calling it: "
+            f"function: expected {exercise.id} itself, "
             f'check("{exercise.id}", {exercise.id}); got {_kind(function)}'
         )
     draws = make_draws(exercise, seeds.check_seeds(exercise.id))

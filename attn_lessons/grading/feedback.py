@@ -134,9 +134,8 @@ def html(judgement: Judgement, exercise: Exercise | None = None) -> str:
     fault = judgement.mismatch
     parts = [_reasons_html(judgement.diagnosis, fault), _failure_html(fault)]
     if _has_numbers(fault):
-        parts.append(_numbers_html(fault))
-        if exercise is not None and fault.output in exercise.tokens and np.ndim(fault.want) > 1:
-            parts.append(_heat_map(fault))
+        drawn = exercise is not None and fault.output in exercise.tokens
+        parts.append(_numbers_html(fault, _heat_map(fault) if drawn else ""))
     parts.append(f"<div style='{MUTED}'>{escape(_right_in(judgement))}</div>")
     return _box(FAIL, "✗", title, "".join(parts))
 
@@ -209,7 +208,7 @@ def _failure_html(fault: Mismatch) -> str:
     )
 
 
-def _numbers_html(fault: Mismatch) -> str:
+def _numbers_html(fault: Mismatch, picture: str) -> str:
     """Matrices beside each other, vectors and single numbers below each other in one table."""
     view = _View(fault)
     if view.rows:
@@ -220,7 +219,7 @@ def _numbers_html(fault: Mismatch) -> str:
         parts = [_table("", labels, view.columns, entries, view.off.repeat(len(labels), axis=0))]
     tables = "".join(parts)
     title = f"<div style='{MUTED};margin-bottom:.2em'>{escape(view.title)}</div>"
-    return f"{title}<div style='display:flex;flex-wrap:wrap;gap:.4em 1.2em'>{tables}</div>"
+    return f"{title}<div style='display:flex;flex-wrap:wrap;gap:.4em 1.2em'>{tables}{picture}</div>"
 
 
 def _table(
@@ -250,6 +249,8 @@ def _table(
 
 def _heat_map(fault: Mismatch) -> str:
     """The signed error over the last two axes, at the leading indices of the largest error."""
+    if np.ndim(fault.want) < 2:
+        return ""
     view = _View(fault, MAP, MAP)
     side = 22 if max(view.error.shape) <= 12 else 14
     rows, columns = view.error.shape
@@ -282,7 +283,7 @@ def _heat_map(fault: Mismatch) -> str:
         f"off, the largest at row {view.rows[view.worst[0]]}, column {view.columns[view.worst[1]]}"
     )
     return (
-        f"<figure style='margin:.7em 0 0'><svg role='img' aria-label='{escape(told, quote=True)}' "
+        f"<figure style='margin:0'><svg role='img' aria-label='{escape(told, quote=True)}' "
         f"width='{width}' height='{height}' viewBox='0 0 {width} {height}' style='max-width:100%;"
         "height:auto'><g fill='currentColor' font-size='11' font-family='sans-serif'>"
         f"{''.join(labels)}</g>{''.join(cells)}</svg>"

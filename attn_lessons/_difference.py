@@ -14,6 +14,7 @@ from jaxtyping import Bool, Float, Int, Shaped
 
 from attn_lessons._arrays import as_float
 
+Scalar = float | int | np.generic
 Array = Float[np.ndarray, "..."]
 Mask = Bool[np.ndarray, "..."]
 
@@ -49,8 +50,8 @@ def wrong_entries(got: Array, want: Array, rtol: float, noise: Array | float = 0
 
 
 def describe_difference(
-    got: Shaped[np.ndarray, "..."],
-    want: Shaped[np.ndarray, "..."],
+    got: Shaped[np.ndarray, "..."] | Scalar,
+    want: Shaped[np.ndarray, "..."] | Scalar,
     rtol: float = 1e-6,
     *,
     beside: str = "the expected one",
@@ -431,15 +432,15 @@ def _powers(n: int, name: str) -> Iterator[tuple[float, str]]:
 
 def _because(factor: float, names: tuple[str, ...]) -> str:
     flipped = ", with the sign flipped" if factor < 0 else ""
-    if names and names[0] == "1":
-        return ": the sign is flipped"
     if not names:
         return flipped
-    if names[0] == "2" and len(names) == 1:
-        return f": a factor 2 too many{flipped}"
-    if names[0] == "1/2" and len(names) == 1:
-        return f": a factor 2 is missing{flipped}"
-    return f": the factor is {' or '.join(names[:3])}{flipped}"
+    plain = {
+        "1": ": the sign is flipped",
+        "2": f": a factor 2 too many{flipped}",
+        "1/2": f": a factor 2 is missing{flipped}",
+    }
+    also = f" (or {' or '.join(names[1:3])})" if names[1:] else ""
+    return plain.get(names[0], f": the factor is {names[0]}{flipped}") + also
 
 
 def _rounded(value: float, rtol: float) -> float:

@@ -157,6 +157,7 @@ def _panels(grids: Sequence[Float[np.ndarray, "rows columns"]]) -> tuple[Figure,
     else:
         height = min(max(0.2 * rows, 0.3), 2.5) + 0.75
         fig, axes = plt.subplots(len(grids), 1, figsize=(WIDTH, height * len(grids)), squeeze=False)
+    fig.set_layout_engine("constrained", wspace=0.06)
     return fig, list(axes.ravel())
 
 

@@ -31,7 +31,7 @@ __all__ = [
     "step_sweep",
 ]
 
-Scalar = float | np.floating
+Scalar = float | int | np.generic
 Point = Float[np.ndarray, "*shape"] | Scalar
 Step = float | np.floating | Literal["best"] | None
 
@@ -50,12 +50,8 @@ def central_difference(g: Callable[[float], float], t: float, h: float) -> float
 
     Source: Nocedal & Wright 2006, eq. (8.7).
     """
-    right, left = t + h, t - h
-    if right == left:
-        raise _StepVanishes(f"eps: expected a step that moves {t:.6g}; got {h:.6g}")
-    # 1e6 + 1e-6 is off by 1e-11, a relative 1e-5 of the step: divide
-    # by the distance really stepped, not by 2h.
-    return (g(right) - g(left)) / (right - left)
+    right, left, distance = _ends(g, t, h)
+    return (right - left) / distance
 
 
 def numerical_gradient(
@@ -395,14 +391,18 @@ def _slope_along(
 
 def _measured(g: Callable[[float], float], t: float, h: float) -> Slope:
     """Central difference with what rounding alone may do to it."""
-    seen: list[float] = []
+    right, left, distance = _ends(g, t, h)
+    noise = EPSILON * max(abs(right), abs(left)) / h
+    return Slope((right - left) / distance, noise)
 
-    def watched(s: float) -> float:
-        seen.append(g(s))
-        return seen[-1]
 
-    value = central_difference(watched, t, h)
-    return Slope(value, EPSILON * max(map(abs, seen)) / h)
+def _ends(g: Callable[[float], float], t: float, h: float) -> tuple[float, float, float]:
+    right, left = t + h, t - h
+    if right == left:
+        raise _StepVanishes(f"eps: expected a step that moves {t:.6g}; got {h:.6g}")
+    # 1e6 + 1e-6 is off by 1e-11, a relative 1e-5 of the step: divide
+    # by the distance really stepped, not by 2h.
+    return g(right), g(left), right - left
 
 
 def _searched(g: Callable[[float], float], t: float, near: float, wide: float) -> Slope:
@@ -454,20 +454,21 @@ def _along(
     f: Callable[..., Any], x: Float[np.ndarray, "..."], i: tuple[int, ...]
 ) -> Callable[[float], float]:
     """``f`` as a function of entry ``i`` alone."""
-
-    def g(t: float) -> float:
-        moved = x.copy()
-        moved[i] = t
-        return _value(f, moved)
-
-    return g
+    return lambda t: _value(f, _replaced(x, i, t))
 
 
 def _towards(
     f: Callable[..., Any], x: Float[np.ndarray, "..."], v: Float[np.ndarray, "..."]
 ) -> Callable[[float], float]:
     """``f`` along the line through ``x`` in direction ``v``."""
+    # 0-d: numpy turns x + t v into a scalar, which is no array.
     return lambda t: _value(f, np.asarray(x + t * v))
+
+
+def _replaced(x: np.ndarray, i: tuple[int, ...], t: float) -> np.ndarray:
+    x = x.copy()
+    x[i] = t
+    return x
 
 
 # --- at the door ------------------------------------------------------------------------------
@@ -495,9 +496,9 @@ def _step(f: Callable[..., Any], x: Float[np.ndarray, "..."], eps: Step) -> floa
     return float(eps)
 
 
-def _value(f: Callable[..., Any], x: Float[np.ndarray, "..."]) -> float:
+def _value(f: Callable[..., Any], x: np.ndarray) -> float:
     """``f`` of a copy of ``x``, as a float that shares no memory with it."""
-    out = np.asarray(f(x.copy()))
+    out = np.asarray(f(np.array(x)))
     if out.ndim or out.dtype.kind not in "fiu":
         got = f"an array of shape {out.shape}" if out.ndim else f"{out.dtype} {out}"
         raise ValueError(f"{_called(f)}: expected to return a real scalar; got {got}")

@@ -219,7 +219,8 @@ def _numbers_html(fault: Mismatch, picture: str) -> str:
         parts = [_table("", labels, view.columns, entries, view.off.repeat(len(labels), axis=0))]
     tables = "".join(parts)
     title = f"<div style='{MUTED};margin-bottom:.2em'>{escape(view.title)}</div>"
-    return f"{title}<div style='display:flex;flex-wrap:wrap;gap:.4em 1.2em'>{tables}{picture}</div>"
+    beside = "display:flex;flex-wrap:wrap;align-items:flex-start;gap:.4em 1.2em"
+    return f"{title}<div style='{beside}'>{tables}{picture}</div>"
 
 
 def _table(

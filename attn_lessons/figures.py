@@ -111,7 +111,7 @@ def _cells(
     for row, column in np.argwhere(~np.isfinite(grid)):
         ax.plot(column, row, "x", color=NOT_A_NUMBER, markersize=6, markeredgewidth=1.8)
     if numbers or (numbers is None and grid.shape[1] <= 8 and grid.shape[0] <= 10):
-        _numbers(ax, grid, norm)
+        _numbers(ax, grid, image)
     if marked is not None and marked.any():
         _outline(ax, marked)
     ax.spines[:].set_visible(False)
@@ -119,14 +119,19 @@ def _cells(
     return image
 
 
-def _numbers(ax: Axes, grid: Float[np.ndarray, "rows columns"], norm: Normalize) -> None:
-    strength = np.abs(np.ma.filled(np.ma.masked_invalid(grid), 0))
-    strong = strength > 0.6 * max(abs(norm.vmin or 0), abs(norm.vmax or 0))
+def _numbers(ax: Axes, grid: Float[np.ndarray, "rows columns"], image: Any) -> None:
     for (row, column), value in np.ndenumerate(grid):
         if np.isfinite(value):
-            ink = "white" if strong[row, column] else INK
+            ink = "white" if _luminance(image.to_rgba(value)) < 0.2 else INK
             text = f"{value:.2f}" if 0.005 <= abs(value) < 1000 else f"{value:.2g}"
             ax.text(column, row, text, ha="center", va="center", color=ink, fontsize=8.5)
+
+
+def _luminance(colour: Sequence[float]) -> float:
+    """Relative luminance of WCAG 2; ink and white contrast alike with 0.2."""
+    part = np.array(colour[:3])
+    linear = np.where(part <= 0.04045, part / 12.92, ((part + 0.055) / 1.055) ** 2.4)
+    return float(linear @ [0.2126, 0.7152, 0.0722])
 
 
 def _outline(ax: Axes, marked: Bool[np.ndarray, "rows columns"]) -> None:
@@ -148,7 +153,7 @@ def _outline(ax: Axes, marked: Bool[np.ndarray, "rows columns"]) -> None:
     ax.add_collection(lines, autolim=False)
 
 
-def _panels(grids: Sequence[Float[np.ndarray, "rows columns"]]) -> tuple[Figure, list[Axes]]:
+def _panels(grids: Sequence[Float[np.ndarray, "_ _"]]) -> tuple[Figure, list[Axes]]:
     """Side by side where cells stay wide enough to see on a phone, else one above the other."""
     rows, columns = np.max([grid.shape for grid in grids], axis=0)
     if columns <= 8:

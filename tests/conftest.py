@@ -20,7 +20,7 @@ def mathematics() -> list[str]:
 
 
 # Before anything imports them: each call then checks its shapes and dtypes with beartype.
-jaxtyping.install_import_hook(mathematics(), "beartype.beartype")
+jaxtyping.install_import_hook(mathematics(), "typecheck.check")
 
 # One draw of examples for everybody, on a machine of any speed. For a longer hunt:
 # HYPOTHESIS_PROFILE=thorough pytest

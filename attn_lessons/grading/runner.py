@@ -111,24 +111,36 @@ class GradedKernel(RunningKernel):
         self.kc = BlockingKernelClient(connection_file=str(process.connection_file))
         try:
             self.kc.load_connection_file()
+            end = time.monotonic() + startup_timeout
+            self._await_sockets(end)
             self.kc.start_channels(hb=False)
-            self._await_answer(startup_timeout)
+            self._await_answer(end)
         except BaseException:
             self.stop()
             raise
 
-    def _await_answer(self, seconds: float) -> None:
+    def _await_sockets(self, end: float) -> None:
+        """The kernel listens: a client that knocks earlier comes back only after a tenth second."""
+        ports = (self.kc.shell_port, self.kc.iopub_port, self.kc.control_port)
+        sockets = [Path(f"{self.kc.ip}-{port}") for port in ports]
+        while not all(socket.exists() for socket in sockets):
+            if time.monotonic() > end:
+                raise KernelDied("the kernel did not start in time")
+            if self.process.exit_code() is not None:
+                raise KernelDied(self._end())
+            time.sleep(0.01)
+
+    def _await_answer(self, end: float) -> None:
         """The kernel has answered on both channels: nothing it says from now on gets lost."""
-        end = time.monotonic() + seconds
         while time.monotonic() < end:
             message = self.kc.kernel_info()
             try:
                 self.await_reply(message, timeout=max(end - time.monotonic(), POLL))
-                self.await_idle(message, 1)
+                self.await_idle(message, POLL)
             except queue.Empty:
                 continue
             return
-        raise KernelDied(f"the kernel did not answer within {seconds:g} s")
+        raise KernelDied("the kernel did not answer in time")
 
     def get_message(self, stream: str, timeout: float | None = None) -> dict[str, Any]:
         """The next message; ``KernelDied`` as soon as none can come any more."""

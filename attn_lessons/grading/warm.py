@@ -21,11 +21,25 @@ from pathlib import Path
 from typing import Any
 
 READY = {"ready": True}
-ALWAYS = ("numpy", "ipykernel.kernelapp", "IPython.display", "attn_lessons.grading.learner")
+# What a kernel imports by the time it answers, and NumPy with its generators.
+ALWAYS = (
+    "numpy.random",
+    "ipykernel.kernelapp",
+    "ipykernel.debugger",
+    "IPython.core.completerlib",
+    "IPython.core.debugger",
+    "IPython.core.oinspect",
+    "IPython.extensions.storemagic",
+    "tornado.platform.asyncio",
+    "tornado.queues",
+    "attn_lessons.grading.learner",
+)
 
 
 def main(arguments: list[str]) -> None:
     """Serve, or with ``--once`` become a kernel."""
+    # Nobody debugs a graded notebook; without this every kernel imports the debugger.
+    sys.modules["debugpy"] = None  # type: ignore[assignment]
     if arguments[:1] == ["--once"]:
         become_kernel(json.loads(Path(arguments[1]).read_text()))
     serve(arguments)

@@ -178,6 +178,22 @@ def test_cancellation_is_allowed_what_its_inputs_rounding_is():
     assert answer(exercise, lambda x: 1e3 * (x - 1)).status == "failed"
 
 
+def test_a_large_shift_inside_an_exponent_costs_digits_and_passes():
+    def softmax(z):
+        e = np.exp(z - z.max())
+        return e / e.sum()
+
+    def through_logsumexp(z):
+        return np.exp(z - (z.max() + np.log(np.exp(z - z.max()).sum())))
+
+    rng = np.random.default_rng(4)
+    inputs = [(1e4 + rng.normal(size=6),) for _ in range(200)]
+    exercise = exercise_of(softmax, *inputs)
+    assert max(np.abs(softmax(z) - through_logsumexp(z)).max() for (z,) in inputs) > 2e-13
+    assert answer(exercise, through_logsumexp).status == "passed"
+    assert answer(exercise, lambda z: softmax(z) * (1 + 1e-9)).status == "failed"
+
+
 def test_a_gradient_that_is_zero_may_be_rounding_error():
     ones = np.full((3, 4), 0.25)
     constant = np.full((3, 4), 1e4 / 3)

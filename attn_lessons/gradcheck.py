@@ -41,12 +41,17 @@ EPSILON = float(np.finfo(np.float64).eps)
 # --- gradients ------------------------------------------------------------------------------
 
 
-def central_difference(g: Callable[[float], float], t: float, h: float) -> float:
+def central_difference(
+    g: Callable[[float], float],
+    t: float,
+    h: float,
+) -> float:
     r"""Slope of ``g`` at ``t`` from a value on either side.
 
     .. math:: g'(t) \approx \frac{g(t + h) - g(t - h)}{2h}
 
-    ValueError: ``h`` is so small that ``t + h`` and ``t - h`` are the same float.
+    ValueError: ``h`` is so small that ``t + h`` and ``t - h`` are the
+    same float.
 
     Source: Nocedal & Wright 2006, eq. (8.7).
     """
@@ -57,29 +62,31 @@ def central_difference(g: Callable[[float], float], t: float, h: float) -> float
 def numerical_gradient(
     f: Callable[..., Any], x: Point, eps: Step = None
 ) -> Float[np.ndarray, "*shape"]:
-    r"""Gradient of a scalar function by central differences, entry by entry.
+    r"""Gradient of a scalar function by central differences.
 
     .. math:: \frac{\partial f}{\partial x_i} \approx
               \frac{f(x + h e_i) - f(x - h e_i)}{2h}
 
-    ``eps`` is the step h, for 2 evaluations an entry; its error is about
-    ``h² f‴/6 + 1e-16 f/h``, least near 1e-5 where all is of order 1. ``eps="best"`` takes
-    best_step's.
+    ``eps`` is the step h, for 2 evaluations an entry; its error is
+    about ``h² f‴/6 + 1e-16 f/h``, least near 1e-5 where all is of order
+    1. ``eps="best"`` takes best_step's.
 
-    Without ``eps`` every entry gets its own step: h is halved from 1/64 (or from half of
-    ``|x_i|``: log x must not see a negative x), Richardson's extrapolation removes the terms in
-    h² and h⁴, and halving ends where two results agree to 1e-10. Where rounding forbids that,
-    larger steps are tried, up to ``max(1, |x_i|)/4``. 6 evaluations an entry are enough where
-    f changes slowly over 1/64.
+    Without ``eps`` every entry gets its own step: h is halved from 1/64
+    (or from half of ``|x_i|``: log x must not see a negative x),
+    Richardson's extrapolation removes the terms in h² and h⁴, and
+    halving ends where two results agree to 1e-10. Where rounding
+    forbids that, larger steps are tried, up to ``max(1, |x_i|)/4``. 6
+    evaluations an entry are enough where f changes slowly over 1/64.
 
-    Shapes: ``x`` any, a scalar too; the result the same, in float64. A float32 ``x`` is lifted
-    to float64, as float32 differences hold 3 digits. An infinite entry of ``x`` cannot be moved
-    and gets 0.
+    Shapes: ``x`` any, a scalar too; the result the same, in float64. A
+    float32 ``x`` is lifted to float64, as float32 differences hold 3
+    digits. An infinite entry of ``x`` cannot be moved and gets 0.
 
-    ValueError: ``x`` is not floating point; ``f`` returns no real scalar; ``eps`` is not
-    positive, or vanishes beside an entry.
+    ValueError: ``x`` is not floating point; ``f`` returns no real
+    scalar; ``eps`` is not positive, or vanishes beside an entry.
 
-    Source: Press et al. 2007, section 5.7; Nocedal & Wright 2006, section 8.1.
+    Source: Press et al. 2007, section 5.7; Nocedal & Wright 2006,
+    section 8.1.
     """
     x = _point("x", x)
     grad = np.zeros(x.shape)
@@ -89,15 +96,19 @@ def numerical_gradient(
 
 
 def numerical_vjp(
-    f: Callable[..., Any], x: Point, dout: Real[np.ndarray, "..."] | Scalar, eps: Step = None
+    f: Callable[..., Any],
+    x: Point,
+    dout: Real[np.ndarray, "..."] | Scalar,
+    eps: Step = None,
 ) -> Float[np.ndarray, "*shape"]:
-    r"""Vector-Jacobian product of an array-valued function: what its backward pass returns.
+    r"""Vector-Jacobian product: what a backward pass returns.
 
     .. math:: dx_i = \sum_j d\mathrm{out}_j \, \frac{\partial f_j}{\partial x_i}
 
     Shapes: ``x`` any, ``dout`` as ``f(x)``; the result as ``x``.
 
-    ValueError: ``f(x)`` and ``dout`` differ in shape; and as numerical_gradient.
+    ValueError: ``f(x)`` and ``dout`` differ in shape; and as
+    numerical_gradient.
     """
     dout = as_float("dout", np.asarray(dout)).astype(np.float64)
 
@@ -113,18 +124,20 @@ def numerical_vjp(
 def complex_step_gradient(
     f: Callable[..., Any], x: Point, step: float = 1e-20
 ) -> Float[np.ndarray, "*shape"]:
-    r"""Gradient of an analytic scalar function, exact to rounding: nothing is subtracted.
+    r"""Gradient of an analytic function, exact to rounding.
 
     .. math:: \frac{\partial f}{\partial x_i} \approx
               \frac{\operatorname{Im} f(x + i h e_i)}{h}
 
-    The error is h²f‴/6, with h = 1e-20 none at all. ``f`` must take complex arrays and be
-    analytic: no abs, conj, real part or cast to float, and no maximum that compares complex
-    numbers. That is checked against one central difference in a fixed random direction.
+    Nothing is subtracted; the error is h²f‴/6, with h = 1e-20 none. ``f`` must take
+    complex arrays and be analytic: no abs, conj, real part or cast to
+    float, and no maximum that compares complex numbers. That is checked
+    against one central difference in a fixed random direction.
 
     Shapes: ``x`` any, a scalar too; the result the same, in float64.
 
-    ValueError: ``f`` returns a real number, or one whose imaginary part is no derivative.
+    ValueError: ``f`` returns a real number, or one whose imaginary part
+    is no derivative.
 
     Source: Squire & Trapp 1998.
     """
@@ -150,12 +163,14 @@ def directional_check(
     .. math:: \langle \mathrm{grad}, v \rangle \approx
               \frac{f(x + h v) - f(x - h v)}{2h}
 
-    Two evaluations check a gradient of any size (some more without ``eps``, see
-    numerical_gradient); a random ``v`` misses a wrong one with probability 0.
+    Two evaluations check a gradient of any size (some more without
+    ``eps``, see numerical_gradient); a random ``v`` misses a wrong one
+    with probability 0.
 
     Shapes: ``x`` any; ``grad`` and ``v`` the same.
 
-    ValueError: shapes differ; ``v`` is 0 or not finite; and as numerical_gradient.
+    ValueError: shapes differ; ``v`` is 0 or not finite; and as
+    numerical_gradient.
     """
     x, v = _point("x", x), as_float("v", np.asarray(v)).astype(np.float64)
     grad = as_float("grad", np.asarray(grad))
@@ -175,11 +190,12 @@ def step_sweep(
     *,
     gradient: Callable[..., Any] = numerical_gradient,
 ) -> tuple[Float[np.ndarray, "steps"], Float[np.ndarray, "steps"]]:
-    """Error of ``gradient(f, x, step)`` for every step: the two arms of a V.
+    """Error of a numerical gradient for every step: the arms of a V.
 
-    The error is the largest absolute one over the largest entry of ``exact`` (the absolute one
-    where ``exact`` is 0). A step that vanishes beside x measures slope 0 and has error 1.
-    Steps run from 1e-15 to 1, in units of max(1, |x|), unless given.
+    The error is the largest absolute one over the largest entry of
+    ``exact`` (the absolute one where ``exact`` is 0). A step that
+    vanishes beside x measures slope 0 and has error 1. Steps run from
+    1e-15 to 1, in units of max(1, |x|), unless given.
 
     Shapes: ``exact`` as ``x``; both results one number a step.
 
@@ -194,19 +210,22 @@ def step_sweep(
 
 
 def best_step(f: Callable[..., Any], x: Point) -> float:
-    r"""The step with which central differences err least, found without the gradient.
+    r"""The step with which central differences err least.
 
-    Truncation grows as h², rounding as 1/h; where both are of order 1 they balance at
+    Truncation grows as h², rounding as 1/h; where both are of order 1
+    they balance at
 
     .. math:: h = (3\,\epsilon\,|f| / |f'''|)^{1/3} \approx 10^{-5}
 
-    The steps of a quarter decade are tried against the extrapolated gradient, which is
-    more exact than any of them. A step is judged by the worst of itself and its neighbours, so
-    that none wins by a lucky cancellation. Of more than 32 entries, 32 are tried.
+    The steps of a quarter decade are tried against the extrapolated
+    gradient, which is more exact than any of them. A step is judged by
+    the worst of itself and its neighbours, so that none wins by a lucky
+    cancellation. Of more than 32 entries, 32 are tried.
 
     ValueError: ``x`` has no entry; and as numerical_gradient.
 
-    Source: Press et al. 2007, eq. (5.7.8); Nocedal & Wright 2006, section 8.1.
+    Source: Press et al. 2007, eq. (5.7.8); Nocedal & Wright 2006,
+    section 8.1.
     """
     x = _point("x", x)
     if x.size == 0:
@@ -223,16 +242,19 @@ def best_step(f: Callable[..., Any], x: Point) -> float:
 
 
 def relative_error(
-    a: Real[np.ndarray, "*shape"] | Scalar, b: Real[np.ndarray, "*shape"] | Scalar
+    a: Real[np.ndarray, "*shape"] | Scalar,
+    b: Real[np.ndarray, "*shape"] | Scalar,
 ) -> float:
     r"""Largest difference of two entries, relative to the larger one.
 
     .. math:: \max_i \frac{|a_i - b_i|}{\max(|a_i|, |b_i|)}
 
-    0 where both are 0; NaN if any entry is; equal infinities differ by 0, an infinity and
-    anything else by infinity. Never more than 2 otherwise. Empty arrays: 0.
+    0 where both are 0; NaN if any entry is; equal infinities differ by
+    0, an infinity and anything else by infinity. Never more than 2
+    otherwise. Empty arrays: 0.
 
-    Shapes: ``a`` and ``b`` the same. ValueError: they differ, or are no real numbers.
+    Shapes: ``a`` and ``b`` the same. ValueError: they differ, or are no
+    real numbers.
     """
     a, b = as_float("a", np.asarray(a)), as_float("b", np.asarray(b))
     check_same_shape("a", a, "b", b)
@@ -240,12 +262,15 @@ def relative_error(
 
 
 def first_wrong(
-    names: Sequence[str], got: Sequence[Any], want: Sequence[Any], rtol: float
+    names: Sequence[str],
+    got: Sequence[Any],
+    want: Sequence[Any],
+    rtol: float,
 ) -> str | None:
-    """Name of the first intermediate result that is off, in the order of the computation.
+    """Name of the first intermediate result that is off.
 
-    What comes after it is wrong because of it. Off means a relative error above ``rtol``, a
-    NaN, or another shape. None: all are right.
+    What comes after it is wrong because of it. Off means a relative
+    error above ``rtol``, a NaN, or another shape. None: all are right.
 
     ValueError: ``names``, ``got`` and ``want`` differ in length.
     """
@@ -261,11 +286,13 @@ def first_wrong(
 
 @dataclass(frozen=True)
 class GradientReport:
-    """Where and how a gradient differs from the measured one; ``str()`` says it in words.
+    """Where and how a gradient is off; ``str()`` says it in words.
 
-    ``error`` holds the relative errors, 0 where the difference is below what the measurement
-    resolves; ``wrong`` the entries that are off, ``where`` the index of the one with the largest
-    difference (None where none is off, or the shapes differ), ``observations`` what relation holds.
+    ``error`` holds the relative errors, 0 where the difference is below
+    what the measurement resolves; ``wrong`` the entries that are off,
+    ``where`` the index of the one with the largest difference (None
+    where none is off, or the shapes differ), ``observations`` what
+    relation holds.
     """
 
     name: str
@@ -301,37 +328,58 @@ def check_gradient(
     eps: Step = None,
     name: str = "gradient",
 ) -> GradientReport:
-    """Hold ``grad`` against the numerical gradient of ``f`` at ``x`` and say what is off.
+    """Hold ``grad`` against the numerical gradient; say what is off.
 
-    An entry is wrong where it differs by more than ``rtol`` relative to the larger of the two,
-    and by more than ten times the measurement's own error. ``grad`` may be anything that
-    ``np.asarray`` takes; another shape than x's is reported, not raised.
+    An entry is wrong where it differs by more than ``rtol`` relative to
+    the larger of the two, and by more than ten times the measurement's
+    own error. ``grad`` may be anything that ``np.asarray`` takes;
+    another shape than x's is reported, not raised.
 
     ValueError: as numerical_gradient; ``grad`` holds no real numbers.
     """
-    x, got = _point("x", x), as_float(name, np.asarray(grad)).astype(np.float64)
+    x = _point("x", x)
+    got = as_float(name, np.asarray(grad)).astype(np.float64)
     want, noise = np.zeros(x.shape), np.zeros(x.shape)
     for i, slope in _slopes(f, x, eps):
         want[i], noise[i] = slope.value, 10 * slope.error
-    seen = describe_difference(got, want, rtol, beside="the numerical one")
     if got.shape != want.shape:
-        nan, wrong = np.full(x.shape, np.nan), np.ones(x.shape, bool)
-        return GradientReport(name, False, got, want, nan, np.nan, None, wrong, seen)
+        return _misshapen(name, got, want, rtol)
     wrong = wrong_entries(got, want, rtol, noise)
-    error = np.where(~wrong & (np.abs(got - want) <= noise), 0, _relative_errors(got, want))
     with np.errstate(invalid="ignore"):
-        off = np.where(wrong, np.nan_to_num(np.abs(got - want), nan=np.inf), -1)
-    where = _worst(off) if wrong.any() else None
-    ok = not wrong.any()
+        off = _absolute(np.asarray(got - want))
+    error = np.where(off <= noise, 0, _relative_errors(got, want))
+    where = _worst(np.where(wrong, off, -1)) if wrong.any() else None
+    # What is right up to noise shall not be described as a difference.
+    seen = _described(np.where(wrong, got, want), want, rtol)
     top = float(error.max(initial=0))
-    return GradientReport(name, ok, got, want, error, top, where, wrong, () if ok else seen)
+    ok = not wrong.any()
+    return GradientReport(name, ok, got, want, error, top, where, wrong, seen)
+
+
+def _misshapen(
+    name: str, got: Float[np.ndarray, "..."], want: Float[np.ndarray, "..."], rtol: float
+) -> GradientReport:
+    error, wrong = np.full(want.shape, np.nan), np.ones(want.shape, bool)
+    seen = _described(got, want, rtol)
+    return GradientReport(name, False, got, want, error, np.nan, None, wrong, seen)
+
+
+def _described(
+    got: Float[np.ndarray, "..."], want: Float[np.ndarray, "..."], rtol: float
+) -> tuple[Observation, ...]:
+    return describe_difference(got, want, rtol, beside="the numerical one")
+
+
+def _absolute(difference: Float[np.ndarray, "*shape"]) -> Float[np.ndarray, "*shape"]:
+    """Sizes of differences, NaN as infinite."""
+    return np.asarray(np.nan_to_num(np.abs(difference), nan=np.inf))
 
 
 # --- one slope --------------------------------------------------------------------------------
 
 
 class Slope(NamedTuple):
-    """A measured derivative and an estimate of its error, both absolute."""
+    """A measured derivative and an absolute estimate of its error."""
 
     value: float
     error: float

@@ -25,16 +25,18 @@ _quiet = np.errstate(all="ignore")
 def logsumexp(
     z: Real[np.ndarray, "..."], axis: int = -1, keepdims: bool = False
 ) -> Float[np.ndarray, "..."]:
-    r"""Logarithm of the sum of exponentials along ``axis``, without overflow.
+    r"""Logarithm of a sum of exponentials, without overflow.
 
     .. math:: \operatorname{lse}(z) = m + \log \sum_j e^{z_j - m},
               \qquad m = \max_j z_j
 
-    Shapes: ``(..., n, ...)`` to ``(..., ...)``, or ``(..., 1, ...)`` with ``keepdims``.
+    Shapes: ``(..., n, ...)`` to ``(..., ...)``, or ``(..., 1, ...)``
+    with ``keepdims``.
 
     ValueError: ``axis`` does not exist; ``z`` is complex, or a scalar.
 
-    Source: Blanchard, Higham & Higham 2021, eq. (1.1), shifted by the maximum.
+    Source: Blanchard, Higham & Higham 2021, eq. (1.1), shifted by the
+    maximum.
     """
     z, axis = _rows(z, axis)
     peak = _peak(z, axis)
@@ -46,14 +48,16 @@ def logsumexp(
 
 @_quiet
 def logsumexp_backward(
-    dlse: Real[np.ndarray, "..."], z: Real[np.ndarray, "*shape"], axis: int = -1
+    dlse: Real[np.ndarray, "..."],
+    z: Real[np.ndarray, "*shape"],
+    axis: int = -1,
 ) -> Float[np.ndarray, "*shape"]:
     r"""Gradient of logsumexp: its derivative is the softmax.
 
     .. math:: dz_i = p_i \, d\mathrm{lse}
 
-    Shapes: ``dlse`` as logsumexp returned it, with ``keepdims`` or without; ``z`` and the
-    result ``(..., n, ...)``.
+    Shapes: ``dlse`` as logsumexp returned it, with ``keepdims`` or
+    without; ``z`` and the result ``(..., n, ...)``.
 
     ValueError: ``dlse`` fits neither shape; ``axis`` does not exist.
     """
@@ -63,8 +67,11 @@ def logsumexp_backward(
 
 
 @_quiet
-def softmax(z: Real[np.ndarray, "*shape"], axis: int = -1) -> Float[np.ndarray, "*shape"]:
-    r"""Probabilities proportional to the exponentials of ``z`` along ``axis``.
+def softmax(
+    z: Real[np.ndarray, "*shape"],
+    axis: int = -1,
+) -> Float[np.ndarray, "*shape"]:
+    r"""Probabilities proportional to exp z along ``axis``.
 
     .. math:: p_i = \frac{e^{z_i - m}}{\sum_j e^{z_j - m}},
               \qquad m = \max_j z_j
@@ -73,7 +80,8 @@ def softmax(z: Real[np.ndarray, "*shape"], axis: int = -1) -> Float[np.ndarray, 
 
     ValueError: ``axis`` does not exist; ``z`` is complex, or a scalar.
 
-    Source: Blanchard, Higham & Higham 2021, eq. (1.2), shifted by the maximum.
+    Source: Blanchard, Higham & Higham 2021, eq. (1.2), shifted by the
+    maximum.
     """
     z, axis = _rows(z, axis)
     weights = np.exp(z - _peak(z, axis))
@@ -81,16 +89,18 @@ def softmax(z: Real[np.ndarray, "*shape"], axis: int = -1) -> Float[np.ndarray, 
     return weights
 
 
-def softmax_jacobian(p: Real[np.ndarray, "N"]) -> Float[np.ndarray, "N N"]:
+def softmax_jacobian(
+    p: Real[np.ndarray, "N"],
+) -> Float[np.ndarray, "N N"]:
     r"""Derivatives of every probability by every logit.
 
     .. math:: J_{ij} = \frac{\partial p_i}{\partial z_j}
               = p_i (\delta_{ij} - p_j)
 
-    Shapes: ``(N,)`` to ``(N, N)``. Symmetric; its rows and columns sum to 0.
+    Shapes: ``(N,)`` to ``(N, N)``. Symmetric; its rows and columns sum
+    to 0.
 
     ValueError: ``p`` has not one axis.
-
     """
     p = as_float("p", p)
     check_rank("p", p, "N")
@@ -99,16 +109,19 @@ def softmax_jacobian(p: Real[np.ndarray, "N"]) -> Float[np.ndarray, "N N"]:
 
 @_quiet
 def softmax_backward(
-    dp: Real[np.ndarray, "*shape"], p: Real[np.ndarray, "*shape"], axis: int = -1
+    dp: Real[np.ndarray, "*shape"],
+    p: Real[np.ndarray, "*shape"],
+    axis: int = -1,
 ) -> Float[np.ndarray, "*shape"]:
-    r"""Gradient by the logits from that by the probabilities, without the Jacobian.
+    r"""Gradient by the logits, without building the Jacobian.
 
     .. math:: dz_i = p_i \Bigl( dp_i - \sum_j p_j \, dp_j \Bigr)
 
-    Shapes: ``dp`` and ``p`` (what softmax returned) ``(..., n, ...)``, the result the same.
-    Sums to 0 along ``axis``.
+    Shapes: ``dp`` and ``p`` (what softmax returned) ``(..., n, ...)``,
+    the result the same. Sums to 0 along ``axis``.
 
-    ValueError: ``dp`` and ``p`` differ in shape; ``axis`` does not exist.
+    ValueError: ``dp`` and ``p`` differ in shape; ``axis`` does not
+    exist.
     """
     p, axis = _rows(p, axis, "p")
     dp = as_float("dp", dp)
@@ -117,17 +130,22 @@ def softmax_backward(
 
 
 @_quiet
-def log_softmax(z: Real[np.ndarray, "*shape"], axis: int = -1) -> Float[np.ndarray, "*shape"]:
-    r"""Logarithms of the probabilities along ``axis``, exact where those underflow.
+def log_softmax(
+    z: Real[np.ndarray, "*shape"],
+    axis: int = -1,
+) -> Float[np.ndarray, "*shape"]:
+    r"""Logarithms of probabilities, exact where those underflow.
 
     .. math:: \log p_i = (z_i - m) - \log \sum_j e^{z_j - m},
               \qquad m = \max_j z_j
 
-    Shapes: ``(..., n, ...)`` to the same. ``-inf`` entries stay ``-inf``.
+    Shapes: ``(..., n, ...)`` to the same. ``-inf`` entries stay
+    ``-inf``.
 
     ValueError: ``axis`` does not exist; ``z`` is complex, or a scalar.
 
-    Source: the logarithm of Blanchard, Higham & Higham 2021, eq. (1.2), shifted likewise.
+    Source: the logarithm of Blanchard, Higham & Higham 2021, eq. (1.2),
+    shifted likewise.
     """
     z, axis = _rows(z, axis)
     # z - logsumexp(z) would round log n away at z = [1e17, 1e17].
@@ -138,17 +156,21 @@ def log_softmax(z: Real[np.ndarray, "*shape"], axis: int = -1) -> Float[np.ndarr
 
 @_quiet
 def log_softmax_backward(
-    dlogp: Real[np.ndarray, "*shape"], logp: Real[np.ndarray, "*shape"], axis: int = -1
+    dlogp: Real[np.ndarray, "*shape"],
+    logp: Real[np.ndarray, "*shape"],
+    axis: int = -1,
 ) -> Float[np.ndarray, "*shape"]:
     r"""Gradient by the logits from that by the log-probabilities.
 
     .. math:: dz_i = d\log p_i - p_i \sum_j d\log p_j
 
-    Shapes: ``dlogp`` and ``logp`` (what log_softmax returned) ``(..., n, ...)``, the result
-    the same. Sums to 0 along ``axis``. A ``-inf`` entry in a row with others passes its own
-    ``dlogp`` on, as in torch: its probability is 0, its slope 1.
+    Shapes: ``dlogp`` and ``logp`` (what log_softmax returned) ``(...,
+    n, ...)``, the result the same. Sums to 0 along ``axis``. A ``-inf``
+    entry in a row with others passes its own ``dlogp`` on, as in torch:
+    its probability is 0, its slope 1.
 
-    ValueError: ``dlogp`` and ``logp`` differ in shape; ``axis`` does not exist.
+    ValueError: ``dlogp`` and ``logp`` differ in shape; ``axis`` does
+    not exist.
     """
     logp, axis = _rows(logp, axis, "logp")
     dlogp = as_float("dlogp", dlogp)
@@ -166,23 +188,26 @@ def cross_entropy(
     *,
     ignore_index: int | None = None,
 ) -> tuple[np.floating, Float[np.ndarray, "B K"]]:
-    r"""Mean cross-entropy of integer targets, with its gradient by the logits.
+    r"""Mean cross-entropy of integer targets, and its gradient.
 
     .. math:: L = -\frac1B \sum_{b,k} y_{bk} \log p_{bk}, \qquad
               d\mathrm{logits}_{bk} = \frac{p_{bk} - y_{bk}}{B}, \qquad
               y_{bk} = (1 - \varepsilon) [k = t_b] + \frac{\varepsilon}{K}
 
-    Shapes: logits ``(B, K)``, targets ``(B,)`` in 0 … K-1; the loss a scalar, dlogits ``(B, K)``.
+    Shapes: logits ``(B, K)``, targets ``(B,)`` in 0 … K-1; the loss a
+    scalar, dlogits ``(B, K)``.
 
-    Rows whose target is ``ignore_index`` count neither in the loss nor in B and get gradient 0;
-    where none counts, the loss is 0 (torch: NaN). A ``-inf`` logit that carries target weight
-    makes the loss ``inf``; the gradient stays (p - y)/B, finite, as in torch. A row of nothing
-    but ``-inf`` makes it ``inf`` too, with gradient 0.
+    Rows whose target is ``ignore_index`` count neither in the loss nor
+    in B and get gradient 0; where none counts, the loss is 0 (torch:
+    NaN). A ``-inf`` logit that carries target weight makes the loss
+    ``inf``; the gradient stays (p - y)/B, finite, as in torch. A row of
+    nothing but ``-inf`` makes it ``inf`` too, with gradient 0.
 
-    ValueError: shapes do not match; targets are no integers or out of range;
-    ``label_smoothing`` lies outside [0, 1].
+    ValueError: shapes do not match; targets are no integers or out of
+    range; ``label_smoothing`` lies outside [0, 1].
 
-    Source: Szegedy et al. 2016, section 7; smoothing spread over all K classes, as in torch.
+    Source: Szegedy et al. 2016, section 7; smoothing spread over all K
+    classes, as in torch.
     """
     logits = as_float("logits", logits)
     counted = _counted_rows(logits, targets, ignore_index)

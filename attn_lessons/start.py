@@ -453,32 +453,40 @@ def make_book(book: Book, root: Path | None) -> None:
     book.terminal.say("book", took if worked else "is up to date")
 
 
-def run(options: argparse.Namespace, terminal: Terminal, children: Children) -> None:
-    workspace = Path(options.workspace).resolve()
-    state = workspace / ".attn"
-    root = project_root() if options.install else None
-    python = Path(sys.executable)
-    if root is not None:
-        install.check_python()
-        begun = time.monotonic()
+def prepare(root: Path, terminal: Terminal, children: Children) -> Path:
+    """The checkout's interpreter, with JupyterLab and the library installed beside it."""
+    install.check_python()
+    if not install.is_installed(root, "lab"):
+        terminal.say("packages", "installing JupyterLab and the library into .venv (once)")
+    begun = time.monotonic()
 
-        def installing(text: str) -> None:
-            terminal.progress("packages", f"JupyterLab and the library: {text}")
+    def tell(text: str) -> None:
+        terminal.progress("packages", f"JupyterLab and the library: {text}")
 
-        if not install.is_installed(root, "lab"):
-            terminal.say("packages", "installing JupyterLab and the library into .venv (once)")
-        if install.ensure(root, "lab", installing, children.add):
-            terminal.say("packages", f"installed ({time.monotonic() - begun:.0f} s)")
-        python = install.venv_python(root)
+    if install.ensure(root, "lab", tell, children.add):
+        terminal.say("packages", f"installed ({time.monotonic() - begun:.0f} s)")
+    return install.venv_python(root)
 
+
+def lay_out(workspace: Path, terminal: Terminal) -> list[Chapter]:
+    """The workspace with every chapter in it, and what its list of exercises says."""
     released = project_root() / "exercises"
     new = copy_exercises(released, workspace)
-    state.mkdir(exist_ok=True)
-    write_lab_settings(state)
     chapters = [read_chapter(workspace / path.name) for path in sorted(released.glob("ch*.ipynb"))]
     told = f"{len(new)} of them new" if new else "as you left them"
     terminal.say("exercises", f"{len(chapters)} chapters in {workspace}, {told}")
+    return chapters
 
+
+def run(options: argparse.Namespace, terminal: Terminal, children: Children) -> None:
+    """Everything in turn, then wait for the server to end."""
+    workspace = Path(options.workspace).resolve()
+    state = workspace / ".attn"
+    root = project_root() if options.install else None
+    python = Path(sys.executable) if root is None else prepare(root, terminal, children)
+    chapters = lay_out(workspace, terminal)
+    state.mkdir(exist_ok=True)
+    write_lab_settings(state)
     book = Book(python, book_root(state), state, terminal, children)
     terminal.progress("JupyterLab", "starting")
     server, url, token = launch(python, workspace, state, book.pages, options.port, children)
@@ -488,8 +496,7 @@ def run(options: argparse.Namespace, terminal: Terminal, children: Children) -> 
     terminal.say("book", f"{url}book/{note}")
     terminal.say("", "Ctrl-C stops everything.")
     threading.Thread(target=make_book, args=(book, root), daemon=True).start()
-    code = server.wait()
-    if code:
+    if server.wait():
         tail = (state / "server.log").read_text(encoding="utf-8").splitlines()[-6:]
         raise StartError("JupyterLab has stopped:\n" + "\n".join(tail))
 
@@ -524,6 +531,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         print(error, file=sys.stderr)
         return 1
     finally:
+        signal.signal(signal.SIGINT, signal.SIG_IGN)  # a second Ctrl-C must not cut this short
         children.stop()
     return 0
 

@@ -308,7 +308,7 @@ def _small(name: str, got: np.ndarray, want: np.ndarray) -> Iterator[Fact]:
         return
     scale, gap = compare.largest(want), float(compare.difference(got, want).max())
     share = gap / scale if scale > 0 else 1.0
-    if share < 1e-4:
+    if 0 < share < 1e-4:
         like = "; rounding to float32 is of that size" if 1e-8 < share < 1e-5 else ""
         yield (
             ("small",),

@@ -30,7 +30,7 @@ Rng = np.random.Generator
 def _logit_cases(rng: Rng) -> list[Case]:
     """What softmax and its logarithm are both tried on."""
     far_apart = rng.normal(size=(3, 5)) + np.array([[0.0], [1e4], [-1e4]])
-    huge = np.array([[1e308, 1e308, 0, 0, 0], [0, 1.7e308, 1e300, 1, 2], [0, 0, 0, 0, 1e308]])
+    huge = np.array([[1e308, 9e307, 0, 0, 0], [0, 1.7e308, 1e300, 1, 2], [0, 0, 0, 0, 1e308]])
     blocked = rng.normal(size=(4, 6))
     blocked[0, 0] = blocked[1, 2:] = blocked[2, -1] = -np.inf
     return [
@@ -80,7 +80,7 @@ def _logit_cases(rng: Rng) -> list[Case]:
         Case(
             "logits of 1e308",
             (rng.permuted(huge, axis=1),),
-            hint="Near the largest float64; equal maxima share the probability.",
+            hint="Near the largest float64: even differences of them are finite.",
         ),
         Case(
             "-inf entries",
@@ -374,6 +374,21 @@ def _softmax_standardised(z, axis=-1):
     return e / e.sum(axis=axis, keepdims=True)
 
 
+def _sigmoid(z, axis=-1):
+    return 1 / (1 + np.exp(-z))
+
+
+def _one_hot(z, axis=-1):
+    return (z == z.max(axis=axis, keepdims=True)).astype(float)
+
+
+def _softmax_clipped(limit):
+    def answer(z, axis=-1):
+        return library.softmax(np.clip(z, -limit, limit), axis=axis)
+
+    return answer
+
+
 def _softmax_peak_one(z, axis=-1):
     return np.exp(z - z.max(axis=axis, keepdims=True))
 
@@ -450,6 +465,26 @@ SOFTMAX = Exercise(
             "z / max(z) is another distribution.",
             STABLE,
             _softmax_divided_by_max,
+        ),
+        *named(
+            "logits clipped",
+            "Clipping keeps exp finite by changing the logits: those beyond the limit all become "
+            "equal, and -inf is no longer ruled out.",
+            STABLE,
+            *(_softmax_clipped(limit) for limit in (50, 100, 20, 500, 700, 709, 30, 10)),
+        ),
+        *named(
+            "sigmoid instead of softmax",
+            "1 / (1 + exp(-z)) looks at one logit at a time; softmax weighs each against all "
+            "others of its row, so that they sum to 1.",
+            DEFINITION,
+            _sigmoid,
+        ),
+        *named(
+            "one-hot of the maximum",
+            "The largest logit gets the most of the probability, not all of it.",
+            DEFINITION,
+            _one_hot,
         ),
         *named(
             "not normalised",
@@ -1070,6 +1105,23 @@ def _ce_both_signs(logits, targets, label_smoothing=0.0):
     return -loss, -dlogits
 
 
+def _ce_columns(logits, targets, label_smoothing=0.0):
+    weights = _targets(logits, targets, label_smoothing)
+    logp = library.log_softmax(logits, axis=0)
+    return _loss(logp, weights), (np.exp(logp) - weights) / len(logits)
+
+
+def _ce_loss_a_row(logits, targets, label_smoothing=0.0):
+    weights = _targets(logits, targets, label_smoothing)
+    losses = -(weights * library.log_softmax(logits)).sum(axis=1)
+    return losses, library.cross_entropy(logits, targets, label_smoothing)[1]
+
+
+def _ce_through_softmax_again(logits, targets, label_smoothing=0.0):
+    loss, dlogits = library.cross_entropy(logits, targets, label_smoothing)
+    return loss, library.softmax_backward(dlogits, library.softmax(logits))
+
+
 def _ce_target_not_subtracted(logits, targets, label_smoothing=0.0):
     loss, _ = library.cross_entropy(logits, targets, label_smoothing)
     return loss, library.softmax(logits) / len(logits)
@@ -1211,6 +1263,25 @@ CROSS_ENTROPY_EXERCISE = Exercise(
             _ce_gradient_sign,
             _ce_loss_sign,
             _ce_both_signs,
+        ),
+        *named(
+            "normalised over the wrong axis",
+            "Each row of the batch has its own softmax over its K classes; axis 0 is the batch.",
+            DEFINITION,
+            _ce_columns,
+        ),
+        *named(
+            "loss not averaged",
+            "The loss is one number, the mean over the rows, not a loss for each of them.",
+            CROSS_ENTROPY,
+            _ce_loss_a_row,
+        ),
+        *named(
+            "softmax derivative applied twice",
+            "p - q is already the gradient by the logits; it does not go through softmax's "
+            "backward pass again.",
+            CROSS_ENTROPY,
+            _ce_through_softmax_again,
         ),
         *named(
             "target not subtracted",

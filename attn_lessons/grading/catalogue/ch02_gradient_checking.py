@@ -837,6 +837,14 @@ def _of_norms_one(a, b):
     return np.linalg.norm(a - b) / np.linalg.norm(b)
 
 
+def _sum_of_errors(a, b):
+    return np.where((a == 0) & (b == 0), 0.0, _ratios(a, b)).sum()
+
+
+def _close(a, b):
+    return np.allclose(a, b)
+
+
 def _entry_by_entry(a, b):
     return np.where((a == 0) & (b == 0), 0.0, _ratios(a, b))
 
@@ -939,6 +947,19 @@ RELATIVE_ERROR_EXERCISE = Exercise(
             _of_norms_raw,
             _of_norms_sum,
             _of_norms_one,
+        ),
+        *named(
+            "sum instead of max",
+            "A sum grows with the number of entries: take the largest.",
+            RELATIVE_ERROR,
+            _sum_of_errors,
+        ),
+        *named(
+            "a verdict instead of the error",
+            "How far the arrays are apart is asked for, not whether that is near enough.",
+            RELATIVE_ERROR,
+            _close,
+            lambda a, b: not _close(a, b),
         ),
         *named(
             "an array instead of its maximum",
@@ -1143,6 +1164,12 @@ DIRECTIONAL_EXERCISE = Exercise(
             "a central difference wants a step near 1e-5.",
             STEP,
             *(_directional(h) for h in SMALL_STEPS if h < 1e-9),
+        ),
+        *named(
+            "a verdict instead of the error",
+            "How far the two numbers are apart is asked for, not whether that is near enough.",
+            DIRECTIONAL,
+            _directional(compare=lambda a, b: bool(_compared(a, b) < 1e-6)),
         ),
         *named(
             "one of the two numbers returned",

@@ -1,0 +1,384 @@
+"""The exercises: every mistake gets its name, every right answer passes, oracle = reference."""
+
+import dataclasses
+import inspect
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+from answers import MUTATING, RIGHT, WRONG, ch01_softmax, ch02_gradient_checking  # noqa: F401
+
+from attn_lessons.grading import catalogue, check, compare, diagnose
+from attn_lessons.grading.exercise import Exercise
+from attn_lessons.grading.probe import KINDS, SHAPED_LIKE, Probe
+from attn_lessons.grading.protocol import encode
+
+ROOT = Path(__file__).resolve().parent.parent
+EXERCISES = catalogue.exercises()
+SEEDS = (11, 12)
+
+# Numbers of an answer and of its reference agree to this, relative to the largest entry.
+AGREEMENT = 1e-10
+# The library's default step extrapolates; the oracle takes no difference at all.
+MEASURED = 1e-8
+
+
+def draws_of(exercise: Exercise, seed: int):
+    sequences = [np.random.SeedSequence([seed, n]) for n in range(2)]
+    return check.make_draws(exercise, sequences)
+
+
+def verdict(exercise: Exercise, answer, seed: int):
+    draws = draws_of(exercise, seed)
+    results = [[diagnose.attempt(answer, exercise, case) for case in cases] for cases in draws]
+    return check.judge(exercise, draws, results)
+
+
+def by_id(exercise):
+    return exercise.id
+
+
+def each(table):
+    return [
+        pytest.param(catalogue.find(exercise), answer, id=f"{exercise}-{answer.__name__}")
+        for exercise, answers in table.items()
+        for answer in answers
+    ]
+
+
+def each_mistake(first_only=False):
+    params = []
+    for exercise in EXERCISES:
+        seen = {}
+        for mistake in exercise.mistakes:
+            way = seen[mistake.name] = seen.get(mistake.name, 0) + 1
+            if way == 1 or not first_only:
+                label = f"{exercise.id}-{mistake.name}-{way}"
+                params.append(pytest.param(exercise, mistake, id=label))
+    return params
+
+
+# --------------------------------------------------------------------------- what there is
+
+
+def test_the_exercises_are_those_of_the_book():
+    found = {chapter: [] for chapter in catalogue.chapters()}
+    for exercise in EXERCISES:
+        found[exercise.chapter].append(exercise.id)
+    assert found["ch01_softmax"] == [
+        "softmax",
+        "log_softmax",
+        "softmax_jacobian",
+        "softmax_backward",
+        "cross_entropy",
+    ]
+    assert found["ch02_gradient_checking"] == [
+        "numerical_gradient",
+        "relative_error",
+        "directional_check",
+        "first_wrong",
+    ]
+
+
+def test_an_unknown_exercise_is_answered_with_the_nearest():
+    with pytest.raises(ValueError, match="softmax_backward"):
+        catalogue.find("softmax_backwards")
+    with pytest.raises(ValueError, match="there are softmax, log_softmax"):
+        catalogue.find("zzzz")
+
+
+@pytest.mark.parametrize("exercise", EXERCISES, ids=by_id)
+def test_an_entry_is_complete(exercise):
+    assert exercise.id == exercise.reference.__name__
+    assert exercise.points > 0
+    assert len({m.name for m in exercise.mistakes}) >= 4
+    names = [case.name for case in draws_of(exercise, 1)[0]]
+    assert len(set(names)) == len(names) >= 8
+    assert all(case.hint for case in draws_of(exercise, 1)[0])
+    assert not [name for name in names if "," in name], "names are listed with commas"
+    for mistake in exercise.mistakes:
+        assert re.fullmatch(r"ch\d\d_\w+\.html#ch\d\d-[a-z-]+", mistake.section)
+        assert mistake.section.startswith(exercise.chapter)
+        assert mistake.why.endswith(".")
+
+
+@pytest.mark.parametrize("exercise", EXERCISES, ids=by_id)
+def test_a_mistake_links_to_a_heading_of_its_page(exercise):
+    page = (ROOT / "book" / f"{exercise.chapter}.md").read_text(encoding="utf-8")
+    for mistake in exercise.mistakes:
+        assert f"({mistake.section.split('#')[1]})=" in page
+
+
+def test_mistakes_named_in_the_list_of_exercises_are_there():
+    listed = {
+        "softmax": [
+            "no max subtraction",
+            "max over the whole array",
+            "normalised over the wrong axis",
+            "keepdims forgotten",
+        ],
+        "log_softmax": ["log of softmax", "logsumexp without max"],
+        "softmax_jacobian": ["diagonal only", "p pᵀ sign", "outer product only"],
+        "softmax_backward": [
+            "row sum dropped",
+            "diagonal p(1-p)",
+            "sum over all axes",
+            "multiplied by upstream twice",
+        ],
+        "cross_entropy": [
+            "gradient not divided by B",
+            "softmax applied twice",
+            "smoothing spread over K-1 classes",
+            "smoothing forgotten in the gradient",
+        ],
+        "numerical_gradient": [
+            "forward difference",
+            "x not restored",
+            "shared view",
+            "eps too small",
+        ],
+        "relative_error": ["division by zero", "nan ignored", "mean instead of max"],
+    }
+    for exercise, names in listed.items():
+        assert set(names) <= {m.name for m in catalogue.find(exercise).mistakes}
+
+
+@pytest.mark.parametrize("exercise", EXERCISES, ids=by_id)
+def test_every_draw_has_the_same_cases_on_fresh_numbers(exercise):
+    one, other = draws_of(exercise, 5)
+    assert [case.name for case in one] == [case.name for case in other]
+    fresh = [a.args != b.args for a, b in zip(numbers(one), numbers(other), strict=True)]
+    fixed = {"uniform p", "nothing but zeros", "one class"}
+    assert {a.name for a, new in zip(one, fresh, strict=True) if not new} <= fixed
+    assert numbers(one) == numbers(draws_of(exercise, 5)[0])
+
+
+def numbers(cases):
+    """The cases with everything in their arguments encoded, so that they compare."""
+    return [dataclasses.replace(case, args=encode(case.args)) for case in cases]
+
+
+def test_checks_read_no_torch_and_no_scipy():
+    code = (
+        "import sys; from attn_lessons import check; from attn_lessons.softmax import softmax; "
+        "check('softmax', softmax); "
+        "print(sorted({'torch', 'scipy', 'matplotlib'} & set(sys.modules)))"
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", code], capture_output=True, text=True, check=True, cwd=ROOT
+    )
+    assert done.stdout.strip() == "[]"
+
+
+# ------------------------------------------------------------------------ oracle = reference
+
+
+@pytest.mark.parametrize("exercise", EXERCISES, ids=by_id)
+@pytest.mark.parametrize("seed", SEEDS)
+def test_the_oracle_agrees_with_the_library(exercise, seed):
+    measured = exercise.id in ("numerical_gradient", "directional_check")
+    for case in [case for cases in draws_of(exercise, seed) for case in cases]:
+        got = diagnose.attempt(exercise.reference, exercise, case)
+        want = diagnose.attempt(exercise.oracle, exercise, case)
+        assert (got.error, want.error) == (None, None), case.name
+        for leaf in compare.leaves(got.value, want.value, exercise.returns):
+            if isinstance(leaf.want, str) or leaf.want is None:
+                assert leaf.got == leaf.want, case.name
+                continue
+            single = any(getattr(a, "dtype", None) == np.float32 for a in case.args)
+            limit = 1e-6 if single else MEASURED if measured else AGREEMENT
+            off = compare.difference(leaf.got, leaf.want).max()
+            assert off <= limit * max(compare.largest(leaf.want), 1e-3), case.name
+
+
+@pytest.mark.parametrize("exercise", EXERCISES, ids=by_id)
+def test_the_oracle_is_not_the_library(exercise):
+    assert exercise.oracle is not None
+    module = sys.modules[exercise.oracle.__module__]
+    assert module.__name__.startswith("attn_lessons.grading.catalogue")
+    assert f"library.{exercise.id}" not in inspect.getsource(inspect.unwrap(exercise.oracle))
+
+
+# ------------------------------------------------------------------------------- right answers
+
+
+@pytest.mark.parametrize("exercise", EXERCISES, ids=by_id)
+def test_there_are_six_right_answers(exercise):
+    assert len(RIGHT[exercise.id]) >= 6
+    assert MUTATING[exercise.id]
+
+
+@pytest.mark.parametrize(("exercise", "answer"), each(RIGHT))
+def test_a_right_answer_passes(exercise, answer):
+    for seed in SEEDS:
+        judged = verdict(exercise, answer, seed)
+        assert judged.status == "passed", judged.message
+        assert judged.diagnosis is None
+
+
+@pytest.mark.parametrize(("exercise", "answer"), each(MUTATING))
+def test_an_answer_that_changes_its_input_is_told_so(exercise, answer):
+    for seed in SEEDS:
+        judged = verdict(exercise, answer, seed)
+        assert judged.status == "failed"
+        assert judged.mismatch.kind == "mutated", judged.message
+        assert judged.diagnosis.mistake in ("changes its input", "x not restored")
+
+
+# ------------------------------------------------------------------------------- wrong answers
+
+
+@pytest.mark.parametrize(("exercise", "mistake"), each_mistake())
+def test_a_mistake_gets_its_name(exercise, mistake):
+    first_way = next(m for m in exercise.mistakes if m.name == mistake.name)
+    for seed in SEEDS if mistake is first_way else SEEDS[:1]:
+        judged = verdict(exercise, mistake.answer, seed)
+        assert judged.status in ("failed", "error")
+        assert judged.diagnosis.mistake == mistake.name
+        assert judged.diagnosis.why == mistake.why
+
+
+@pytest.mark.parametrize(("exercise", "mistake"), each_mistake(first_only=True))
+def test_a_mistake_gets_no_other_name(exercise, mistake):
+    others = tuple(m for m in exercise.mistakes if m.name != mistake.name)
+    judged = verdict(dataclasses.replace(exercise, mistakes=others), mistake.answer, 21)
+    assert judged.diagnosis.mistake is None
+
+
+def in_float32(answer):
+    def called(*args, **kwargs):
+        value = answer(*args, **kwargs)
+        parts = value if isinstance(value, tuple) else (value,)
+        single = tuple(np.asarray(part, dtype=np.float32) for part in parts)
+        return single if isinstance(value, tuple) else single[0]
+
+    return called
+
+
+@pytest.mark.parametrize(
+    ("exercise", "mistake"),
+    [
+        param
+        for param in each_mistake(first_only=True)
+        if param.values[0].id in ("softmax", "softmax_jacobian", "softmax_backward")
+        or param.values[0].id == "cross_entropy"
+    ],
+)
+def test_a_mistake_in_float32_gets_its_name(exercise, mistake):
+    judged = verdict(exercise, in_float32(mistake.answer), 31)
+    assert judged.diagnosis.mistake == mistake.name
+
+
+@pytest.mark.parametrize(("exercise", "answer"), each(WRONG))
+def test_an_unlisted_wrong_answer_is_described(exercise, answer):
+    judged = verdict(exercise, answer, 41)
+    assert judged.status in ("failed", "error")
+    assert judged.diagnosis is not None
+    # The first case that fails, and what is wrong there, in words and numbers.
+    assert judged.mismatch.case
+    assert judged.mismatch.message
+
+
+def leafwise(change):
+    def changed(value):
+        if isinstance(value, tuple):
+            return tuple(changed(part) for part in value)
+        return change(value)
+
+    return changed
+
+
+def numeric(change):
+    return leafwise(lambda v: v if v is None or isinstance(v, str) else change(np.asarray(v)))
+
+
+SPOILED = {
+    "zeros": leafwise(lambda v: np.zeros(np.shape(v)) if not isinstance(v, str) else 0.0),
+    "NaN": leafwise(lambda v: np.full(np.shape(v), np.nan) if not isinstance(v, str) else np.nan),
+    "None": lambda value: None,
+    "an axis more": numeric(lambda v: v[None]),
+    "flat": numeric(lambda v: v.ravel()),
+    "1e-6 off": numeric(lambda v: v * (1 + 1e-6)),
+    "negated": numeric(lambda v: -v),
+}
+
+
+@pytest.mark.parametrize("exercise", EXERCISES, ids=by_id)
+@pytest.mark.parametrize("way", SPOILED)
+def test_a_spoiled_right_answer_fails(exercise, way):
+    if exercise.id == "first_wrong" and way in ("an axis more", "flat", "1e-6 off", "negated"):
+        pytest.skip("names have no numbers in them")
+
+    def answer(*args, **kwargs):
+        return SPOILED[way](exercise.reference(*args, **kwargs))
+
+    assert verdict(exercise, answer, 51).status == "failed"
+
+
+@pytest.mark.parametrize("exercise", EXERCISES, ids=by_id)
+def test_one_entry_off_by_a_millionth_fails(exercise):
+    if exercise.id == "first_wrong":
+        pytest.skip("names have no numbers in them")
+
+    def answer(*args, **kwargs):
+        value = exercise.reference(*args, **kwargs)
+        last = np.array(value[-1] if isinstance(value, tuple) else value, dtype=float)
+        place = np.unravel_index(
+            np.abs(np.nan_to_num(last, posinf=0, neginf=0)).argmax(), last.shape
+        )
+        last[place] *= 1 + 2e-6
+        return (*value[:-1], last) if isinstance(value, tuple) else last
+
+    assert verdict(exercise, answer, 61).status == "failed"
+
+
+# ------------------------------------------------------------------------------ probe functions
+
+
+def made(kind, shape, rng):
+    params = {
+        "slope": rng.normal(size=shape),
+        "offset": np.array(2.0),
+        "matrix": rng.normal(size=(int(np.prod(shape)),) * 2),
+        "centre": rng.normal(size=shape),
+        "curve": rng.normal(size=shape),
+        "third": rng.normal(size=shape),
+        "height": rng.normal(size=shape),
+        "phase": rng.normal(size=shape),
+        "bend": rng.normal(size=shape),
+        "weight": rng.normal(size=shape),
+    }
+    return Probe(kind, params)
+
+
+@pytest.mark.parametrize("shape", [(), (3,), (2, 3)])
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_probe_is_smooth_in_every_precision(kind, shape):
+    rng = np.random.default_rng(3)
+    f, x, v = made(kind, shape, rng), rng.normal(size=shape), rng.normal(size=shape)
+    h = 1e-5
+    slope = f(x + 1e-30j * v).imag / 1e-30
+    assert (f(x + h * v) - f(x - h * v)) / (2 * h) == pytest.approx(slope, rel=1e-7, abs=1e-9)
+    assert np.ndim(f(x)) == 0
+    assert f(x.astype(np.longdouble)).dtype == np.longdouble
+    assert float(f(x.astype(np.longdouble))) == pytest.approx(float(f(x)), rel=1e-13)
+    assert f(x.copy(order="F")) == f(x)
+
+
+def test_a_probe_cannot_be_changed_and_says_what_it_takes():
+    slope = np.ones((2, 3))
+    f = Probe("linear", {"slope": slope, "offset": np.array(0.0)})
+    slope[0, 0] = 5
+    assert f(np.ones((2, 3))) == 6
+    with pytest.raises(ValueError, match="read-only"):
+        f.params["slope"][0, 0] = 1
+    with pytest.raises(ValueError, match=r"shape \(2, 3\); it was given \(6,\)"):
+        f(np.ones(6))
+    with pytest.raises(ValueError, match="kind: expected one of"):
+        Probe("wave", {})
+    assert f == Probe("linear", {"slope": np.ones((2, 3)), "offset": np.array(0.0)})
+    assert f != Probe("linear", {"slope": np.ones((2, 3)), "offset": np.array(1.0)})
+    assert SHAPED_LIKE.keys() == KINDS.keys()

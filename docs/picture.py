@@ -24,8 +24,7 @@ CHAPTER = "ch01_softmax"
 EXERCISE = "softmax_backward"
 SECTION = f"{CHAPTER}.html#ch01-backward"
 WRONG = """def softmax_backward(dp, p, axis=-1):
-    return p * dp
-"""
+    return p * dp"""
 WIDTH, HEIGHT, GAP = 800, 940, 24
 COLOURS = 128
 
@@ -55,6 +54,7 @@ def of_book(browser: Browser, address: str) -> Image.Image:
     page.goto(address + SECTION)
     page.locator("mjx-container").last.wait_for(timeout=120_000)
     page.goto(address + SECTION)  # once more to the section, now that equations have their height
+    page.add_style_tag(content="#pst-back-to-top { display: none !important }")
     page.wait_for_timeout(1500)
     return Image.open(io.BytesIO(page.screenshot())).convert("RGB")
 

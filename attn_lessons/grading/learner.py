@@ -117,9 +117,14 @@ def find(name: str, namespace: Mapping[str, Any]) -> Callable[..., Any] | None:
 
 
 def quiet() -> None:
-    """Swallow what a graded notebook prints, and make its own ``check`` calls do nothing."""
+    """Swallow what a graded notebook prints; its ``check`` and ``exit`` calls do nothing."""
+    from IPython import get_ipython
+
     import attn_lessons
 
+    shell = get_ipython()
+    if shell is not None:  # exit() would end the kernel a few cells later
+        shell.ask_exit = lambda: None
     sys.stdout, sys.stderr = _Mute(), _Mute()
     for name in ("check", "progress"):
         vars(attn_lessons)[name] = lambda *_args, **_kwargs: None

@@ -16,7 +16,7 @@ import tempfile
 import threading
 import time
 import traceback
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any, Literal
@@ -289,6 +289,8 @@ def _graded(
     ]
     with Deadline(settings.whole_timeout) as deadline:
         ran = _run_through(steps, settings, kitchen, deadline)
+        for e in exercises:
+            ran |= _second_chance(e.id, steps, ran, settings, kitchen, deadline)
     status, message = _notebook_status(steps, ran, deadline, settings)
     missing = notebook.missing(released, submission)
     rows = []
@@ -321,6 +323,33 @@ def _run_through(
         if not any(steps[i].role == "emit" for i in left):
             break
     return ran
+
+
+def _second_chance(
+    exercise: str,
+    steps: Sequence[notebook.Step],
+    ran: Mapping[int, Ran],
+    settings: Settings,
+    kitchen: Kitchen,
+    deadline: Deadline,
+) -> dict[int, Ran]:
+    """An exercise whose turn it was when the kernel ended, run without the other answers.
+
+    What ends a kernel may have been set off before: a thread, a timer, a killed parent.
+    """
+    blamed = any(
+        step.exercise == exercise and i in ran and ran[i].outcome == "died"
+        for i, step in enumerate(steps)
+    )
+    if not blamed or deadline.expired:
+        return {}
+    own = [i for i, step in enumerate(steps) if step.exercise in ("", exercise)]
+    again = run([steps[i] for i in own], settings, kitchen, deadline)
+    results = {own[number]: result for number, result in again.items()}
+    verdict = next(i for i in own if steps[i].role == "emit")
+    if verdict not in results or results[verdict].emitted is None:
+        return {}
+    return {i: results[i] for i in own if steps[i].exercise and i in results}
 
 
 def _without(left: list[int], steps: Sequence[notebook.Step], fatal: int) -> list[int]:

@@ -91,9 +91,10 @@ class _Pair:
     def __init__(self, got: Array, want: Array, rtol: float, beside: str, sizes: dict[str, int]):
         self.rtol, self.beside, self.sizes = rtol, beside, sizes
         got, want = got.astype(np.float64), want.astype(np.float64)
-        self.unfinished = ~np.isfinite(got) | ~np.isfinite(want)
-        self.wrong = wrong_entries(got, want, rtol) & ~(np.isnan(got) & np.isnan(want))
-        self.nonfinite = self.unfinished & self.wrong
+        self.unfinished = np.asarray(~np.isfinite(got) | ~np.isfinite(want))
+        both_nan = np.isnan(got) & np.isnan(want)
+        self.wrong = np.asarray(wrong_entries(got, want, rtol) & ~both_nan)
+        self.nonfinite = np.asarray(self.unfinished & self.wrong)
         self.raw = got
         # Where both hold the same infinity there is nothing to relate.
         self.got = np.where(self.unfinished, 0, got)

@@ -241,7 +241,9 @@ def _table(
             cells += f"<td style='{plain}{marked}'>{escape(entry)}</td>"
         rows.append(cells)
     body = "".join(f"<tr style='background:none'>{row}</tr>" for row in rows)
-    caption = f"<caption style='caption-side:top;text-align:left;opacity:.8'>{label}</caption>"
+    # A page's own style makes captions pale; on the red ground they must stay readable.
+    look = "caption-side:top;text-align:left;color:inherit;opacity:.85"
+    caption = f"<caption style='{look}'>{label}</caption>"
     return (
         f"<table style='{MONO};border-collapse:collapse;border:0;margin:0;width:auto;"
         f"font-variant-numeric:tabular-nums'>{caption if label else ''}{body}</table>"
@@ -288,7 +290,7 @@ def _heat_map(fault: Mismatch) -> str:
         f"width='{width}' height='{height}' viewBox='0 0 {width} {height}' style='max-width:100%;"
         "height:auto'><g fill='currentColor' font-size='11' font-family='sans-serif'>"
         f"{''.join(labels)}</g>{''.join(cells)}</svg>"
-        "<figcaption style='opacity:.8;font-size:.92em'>"
+        "<figcaption style='color:inherit;font-weight:normal;opacity:.85;font-size:.92em'>"
         f"Error of {escape(view.title)}: white is right, blue too large, red too small{broken}."
         "</figcaption></figure>"
     )

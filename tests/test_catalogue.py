@@ -258,13 +258,17 @@ def in_float32(answer):
     return called
 
 
+IN_SINGLE = ("softmax", "softmax_jacobian", "softmax_backward", "cross_entropy")
+# On large logits this one returns gradients near 1e-156, which float32 rounds to 0.
+TOO_FINE = "softmax derivative applied twice"
+
+
 @pytest.mark.parametrize(
     ("exercise", "mistake"),
     [
         param
         for param in each_mistake(first_only=True)
-        if param.values[0].id in ("softmax", "softmax_jacobian", "softmax_backward")
-        or param.values[0].id == "cross_entropy"
+        if param.values[0].id in IN_SINGLE and param.values[1].name != TOO_FINE
     ],
 )
 def test_a_mistake_in_float32_gets_its_name(exercise, mistake):

@@ -230,7 +230,7 @@ def nbval(folder, option):
     )
     told: dict[str, list[str]] = {}
     for line in done.stdout.splitlines():
-        if found := re.match(r"(\w+)\.ipynb::.* ([A-Z]+)\s+\[ *\d+%\]", line):
+        if found := re.match(r"(\w+)(?:::|\.)ipynb::.* ([A-Z]+)\s+\[ *\d+%\]", line):
             told.setdefault(found[1], []).append(found[2])
     return done.returncode, told, done.stdout
 

@@ -109,7 +109,12 @@ class Nbgrader:
         self.python, self.course = python, course
         source = course / "source" / ASSIGNMENT
         source.mkdir(parents=True)
-        self.environment = {"PYTHONPATH": str(ROOT), "JUPYTER_PREFER_ENV_PATH": "1"}
+        self.environment = {
+            "PYTHONPATH": str(ROOT),
+            "JUPYTER_PREFER_ENV_PATH": "1",
+            # nbgrader calls alembic, which lies beside its interpreter.
+            "PATH": f"{python.parent}{os.pathsep}{os.environ['PATH']}",
+        }
         for name, notebook in notebooks.items():
             (source / name).write_text(json.dumps(for_nbgrader(notebook)), encoding="utf-8")
         self.run("generate_assignment", ASSIGNMENT, "--force")

@@ -76,7 +76,8 @@ def numerical_gradient(
     Richardson's extrapolation removes the terms in h² and h⁴, and
     halving ends where two results agree to 1e-10. Where rounding
     forbids that, larger steps are tried, up to ``max(1, |x_i|)/4``. 6
-    evaluations an entry are enough where f changes slowly over 1/64.
+    evaluations an entry are enough where f changes slowly over 1/64;
+    9 more, at x and next to it, measure the rounding noise of f.
 
     Shapes: ``x`` any, a scalar too; the result the same, in float64. A
     float32 ``x`` is lifted to float64, as float32 differences hold 3
@@ -403,22 +404,23 @@ def _slopes(
     step = _step(f, x, eps)
     # Where f(x) is NaN, no step has anything to say.
     known = x.size > 0 and np.isfinite(_value(f, x))
+    noise = _noise(f, x) if known and step is None else 0.0
     for i in np.ndindex(x.shape):
         if np.isinf(x[i]):
             yield i, Slope(0.0, 0.0)
         elif known:
-            yield i, _slope(_along(f, x, i), float(x[i]), step)
+            yield i, _slope(_along(f, x, i), float(x[i]), step, noise)
         else:
             yield i, Slope(np.nan, np.nan)
 
 
-def _slope(g: Callable[[float], float], t: float, h: float | None) -> Slope:
+def _slope(g: Callable[[float], float], t: float, h: float | None, noise: float = 0.0) -> Slope:
     if h is not None:
         return _measured(g, t, h)
     near = min(2**-6, abs(t) / 2) if t else 2**-6
     # At t = 1e14 floats lie 1/64 apart: step over thousands of them.
     near = max(near, 2**12 * float(np.spacing(abs(t))))
-    return _searched(g, t, near, max(1.0, abs(t)) / 4)
+    return _searched(g, t, near, max(1.0, abs(t)) / 4, noise)
 
 
 def _slope_along(
@@ -434,14 +436,42 @@ def _slope_along(
     moved = (x != 0) & (v != 0)
     room = float((np.abs(x[moved]) / np.abs(v[moved])).min(initial=np.inf))
     near = min(2**-6 / longest, room / 2)
-    return _searched(_towards(f, x, v), 0.0, near, _reach(x) / longest / 4)
+    return _searched(_towards(f, x, v), 0.0, near, _reach(x) / longest / 4, _noise(f, x))
 
 
-def _measured(g: Callable[[float], float], t: float, h: float) -> Slope:
+def _noise(f: Callable[..., Any], x: Float[np.ndarray, "..."]) -> float:
+    """Rounding noise of ``f`` at ``x``: its bend over a few neighbouring floats.
+
+    Over so short a way ``f`` is straight, so what bends is noise. The sum of a normalised row
+    is 0 up to 1e-16 and has noise of that size: by ``EPSILON * |f|`` it would have none.
+    """
+    values, signs = [_value(f, x), _value(f, x)], np.random.default_rng(0)
+    if values[0] != values[1]:  # random: no rounding, and no excuse for a wrong gradient
+        return 0.0
+    ulp = np.where(np.isfinite(x), np.spacing(np.abs(x)), 0.0)
+    bends = [0.0]
+    for n in (1, 2, 3):
+        step = n * ulp * signs.choice([-1.0, 1.0], x.shape)
+        right, left = (_tried(f, np.asarray(x + s)) for s in (step, -step))
+        bends.append(abs(right - 2 * values[0] + left))
+    largest = float(np.max(bends))
+    return largest if largest <= 1e-10 * max(1.0, abs(values[0])) else 0.0
+
+
+def _tried(f: Callable[..., Any], x: np.ndarray) -> float:
+    """``f(x)``, NaN where x has left its domain."""
+    try:
+        with np.errstate(all="ignore"):
+            return _value(f, x)
+    except (ArithmeticError, ValueError):
+        return np.nan
+
+
+def _measured(g: Callable[[float], float], t: float, h: float, noise: float = 0.0) -> Slope:
     """Central difference with what rounding alone may do to it."""
     right, left, distance = _ends(g, t, h)
-    noise = EPSILON * max(abs(right), abs(left)) / h
-    return Slope((right - left) / distance, noise)
+    noise = max(noise, EPSILON * max(abs(right), abs(left)))
+    return Slope((right - left) / distance, noise / h)
 
 
 def _ends(g: Callable[[float], float], t: float, h: float) -> tuple[float, float, float]:
@@ -453,37 +483,39 @@ def _ends(g: Callable[[float], float], t: float, h: float) -> tuple[float, float
     return g(right), g(left), right - left
 
 
-def _searched(g: Callable[[float], float], t: float, near: float, wide: float) -> Slope:
+def _searched(
+    g: Callable[[float], float], t: float, near: float, wide: float, noise: float
+) -> Slope:
     """Extrapolate from ``near`` down; where rounding spoils that, from ever larger steps."""
-    slope = _extrapolated(g, t, near)
+    slope = _extrapolated(g, t, near, noise)
     # f = 1 + x at x = 1e-6: a step within |x| drowns in rounding.
     while slope.doubt > 1e-9 and 4 * near <= wide and (slope.value or near < 2**-6):
         near *= 4
-        larger = _ventured(g, t, near)
+        larger = _ventured(g, t, near, noise)
         # x + cos x at x = 1e6: steps of 1e4 agree among themselves on
         # the slope 1. What a larger step says must fit the smaller one's.
         if not abs(larger.value - slope.value) <= 10 * slope.error:
             break
-        slope = min(slope, larger, key=lambda s: s.doubt)
+        slope = min(slope, larger, key=lambda s: s.error)
     return slope
 
 
-def _ventured(g: Callable[[float], float], t: float, h: float) -> Slope:
+def _ventured(g: Callable[[float], float], t: float, h: float, noise: float) -> Slope:
     # A large step may leave f's domain: what that raises decides nothing.
     try:
         with np.errstate(all="ignore"):
-            return _richardson(*(_measured(g, t, h / n) for n in (1, 2, 4)))
+            return _richardson(*(_measured(g, t, h / n, noise) for n in (1, 2, 4)))
     except (ArithmeticError, ValueError):
         return Slope(np.nan, np.inf)
 
 
-def _extrapolated(g: Callable[[float], float], t: float, h: float) -> Slope:
+def _extrapolated(g: Callable[[float], float], t: float, h: float, noise: float) -> Slope:
     """Halve ``h`` until two extrapolations agree, or rounding outweighs the gain."""
     best, rows = Slope(np.nan, np.inf), list[Slope]()
     while len(rows) < 50 and t + h != t - h:
-        rows.append(_measured(g, t, h))
+        rows.append(_measured(g, t, h, noise))
         if len(rows) > 2:
-            best = min(best, _richardson(*rows[-3:]), key=lambda s: s.doubt)
+            best = min(best, _richardson(*rows[-3:]), key=lambda s: s.error)
             if best.doubt <= 1e-10 or rows[-1].error > best.error:
                 break
         h /= 2

@@ -64,6 +64,20 @@
     timer = setTimeout(() => open(link).catch(close), wait);
   };
 
+  // What scrolls inside itself can be reached and scrolled with the keyboard.
+  const letScroll = () => {
+    for (const box of document.querySelectorAll("article div.math, article pre, .pst-scrollable-table-container, .cell_output")) {
+      if (box.scrollWidth > box.clientWidth) box.tabIndex = 0;
+    }
+  };
+
+  addEventListener("load", async () => {
+    letScroll();
+    await window.MathJax?.startup?.promise;
+    letScroll();
+    addEventListener("resize", letScroll);
+  });
+
   document.addEventListener("DOMContentLoaded", () => {
     if (location.pathname.includes("/book/")) {
       for (const link of document.querySelectorAll("a.lab-only")) link.hidden = false;

@@ -8,6 +8,7 @@ import shutil
 import sys
 import threading
 from collections.abc import Iterator
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -25,6 +26,7 @@ FLAGS = [
     "--disable-background-networking",
     "--disable-component-update",
     "--disable-sync",
+    "--host-resolver-rules=MAP * ~NOTFOUND, EXCLUDE 127.0.0.1",
 ]
 
 
@@ -51,16 +53,30 @@ def site() -> Path:
     return built.site()
 
 
+@dataclass
+class Served:
+    """Where the pages are served, and how many bytes have been sent."""
+
+    address: str = ""
+    sent: int = 0
+
+
 @pytest.fixture(scope="session")
-def served(site: Path) -> Iterator[str]:
-    """The address of the pages, under /book/ as the local server has them."""
+def served(site: Path) -> Iterator[Served]:
+    """The pages under /book/, as the local server has them."""
+    result = Served()
 
     class Pages(http.server.SimpleHTTPRequestHandler):
+        def __init__(self, *args: Any) -> None:
+            super().__init__(*args, directory=str(site))
+
         def translate_path(self, path: str) -> str:
             return super().translate_path(path.removeprefix("/book"))
 
-        def __init__(self, *args: Any) -> None:
-            super().__init__(*args, directory=str(site))
+        def send_header(self, keyword: str, value: str) -> None:
+            if keyword == "Content-Length":
+                result.sent += int(value)
+            super().send_header(keyword, value)
 
         def log_message(self, *args: Any) -> None:
             pass
@@ -68,6 +84,7 @@ def served(site: Path) -> Iterator[str]:
     with http.server.ThreadingHTTPServer(("127.0.0.1", 0), Pages) as server:
         thread = threading.Thread(target=server.serve_forever)
         thread.start()
-        yield f"http://127.0.0.1:{server.server_port}/book/"
+        result.address = f"http://127.0.0.1:{server.server_port}/book/"
+        yield result
         server.shutdown()
         thread.join()

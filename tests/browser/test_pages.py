@@ -22,7 +22,8 @@ LEFT_OVER = r"""() => {
   while (walker.nextNode()) {
     const parent = walker.currentNode.parentElement;
     if (parent.closest('pre, code, script, style, mjx-container, textarea')) continue;
-    if (/\\\(|\\\[|\\begin\{|\$\$/.test(walker.currentNode.data)) found.push(walker.currentNode.data);
+    const text = walker.currentNode.data;
+    if (/\\\(|\\\[|\\begin\{|\$\$/.test(text)) found.push(text);
   }
   return found;
 }"""
@@ -43,51 +44,48 @@ PICTURES = """() => [...document.images]
 
 
 @dataclass
-class Seen:
-    """What went wrong while a page was open, and what it loaded."""
+class Tab:
+    """A page of the browser, and what has gone wrong on it since it was opened."""
 
+    page: Any
+    origin: str
     troubles: list[str] = field(default_factory=list)
-    bytes: int = 0
+
+    def listen(self) -> None:
+        note = self.troubles.append
+        self.page.on("pageerror", lambda error: note(f"script error: {error}"))
+        self.page.on("requestfailed", lambda request: note(f"failed: {request.url}"))
+        self.page.on("console", self.heard)
+        self.page.on("request", self.asked)
+        self.page.on("response", self.answered)
+
+    def heard(self, said: Any) -> None:
+        if said.type in ("error", "warning"):
+            self.troubles.append(f"console {said.type}: {said.text}")
+
+    def asked(self, request: Any) -> None:
+        if not request.url.startswith((self.origin, "data:", "blob:")):
+            self.troubles.append(f"external request: {request.url}")
+
+    def answered(self, response: Any) -> None:
+        if response.status >= 400:
+            self.troubles.append(f"{response.status}: {response.url}")
+
+    def visit(self, address: str) -> None:
+        """Open a page and wait until its equations are set."""
+        self.troubles.clear()
+        self.page.goto(address, wait_until="load")
+        self.page.evaluate("() => window.MathJax?.startup?.promise.then(() => 0)")
+        self.page.wait_for_load_state("networkidle")
 
 
 @contextmanager
-def opened(browser: Any, address: str, width: int, mode: str) -> Iterator[tuple[Any, Seen]]:
-    """A page in a context of its own, finished with its equations."""
-    seen = Seen()
-    origin = address.split("/book/")[0]
+def tab(browser: Any, served: Any, width: int = 1280, mode: str = "light") -> Iterator[Tab]:
     context = browser.new_context(viewport={"width": width, "height": 900}, color_scheme=mode)
-
-    def guard(route: Any) -> None:
-        if route.request.url.startswith((origin, "data:", "blob:")):
-            route.continue_()
-        else:
-            seen.troubles.append(f"external request: {route.request.url}")
-            route.abort()
-
-    def weigh(response: Any) -> None:
-        if response.status >= 400:
-            seen.troubles.append(f"{response.status}: {response.url}")
-        elif response.status == 200:
-            seen.bytes += len(response.body())
-
     try:
-        page = context.new_page()
-        page.route("**/*", guard)
-        page.on("response", weigh)
-        page.on("requestfailed", lambda request: seen.troubles.append(f"failed: {request.url}"))
-        page.on("pageerror", lambda error: seen.troubles.append(f"script error: {error}"))
-        page.on(
-            "console",
-            lambda said: (
-                seen.troubles.append(f"console {said.type}: {said.text}")
-                if said.type in ("error", "warning")
-                else None
-            ),
-        )
-        page.goto(address, wait_until="networkidle")
-        page.evaluate("() => window.MathJax?.startup?.promise")
-        page.wait_for_load_state("networkidle")
-        yield page, seen
+        one = Tab(context.new_page(), served.address.removesuffix("/book/"))
+        one.listen()
+        yield one
     finally:
         context.close()
 
@@ -114,72 +112,92 @@ def accessibility(page: Any, axe: str) -> list[str]:
 
 @pytest.mark.parametrize(("width", "mode"), VIEWS)
 def test_pages_are_whole(
-    browser: Any, served: str, site: Path, axe: str, width: int, mode: str
+    browser: Any, served: Any, site: Path, axe: str, width: int, mode: str
 ) -> None:
     wrong: list[str] = []
-    for name in names(site):
-        with opened(browser, served + name, width, mode) as (page, seen):
-            count = page.evaluate(EQUATIONS)
+    with tab(browser, served, width, mode) as one:
+        for name in names(site):
+            one.visit(served.address + name)
+            count = one.page.evaluate(EQUATIONS)
             found = [
-                *seen.troubles,
-                *accessibility(page, axe),
-                *(f"wider than the page: {what}" for what in page.evaluate(SPILL)),
-                *(f"raw TeX: {text[:80]}" for text in page.evaluate(LEFT_OVER)),
-                *(f"picture not loaded: {src}" for src in page.evaluate(PICTURES)),
+                *(f"wider than the page: {what}" for what in one.page.evaluate(SPILL)),
+                *(f"raw TeX: {text[:80]}" for text in one.page.evaluate(LEFT_OVER)),
+                *(f"picture not loaded: {src}" for src in one.page.evaluate(PICTURES)),
+                *accessibility(one.page, axe),
+                *one.troubles,
             ]
             if count["set"] < count["wanted"] or count["errors"]:
                 found.append(f"equations: {count}")
-            if page.evaluate("document.documentElement.dataset.theme") != mode:
+            if one.page.evaluate("document.documentElement.dataset.theme") != mode:
                 found.append(f"not in {mode} mode")
             wrong += [f"{name}: {what}" for what in found]
     assert not wrong, "\n".join(wrong)
 
 
-def test_chapters_have_equations_and_pictures(browser: Any, served: str, site: Path) -> None:
-    for name in [n for n in names(site) if n.startswith("ch")]:
-        with opened(browser, served + name, 1280, "light") as (page, _):
-            assert page.evaluate(EQUATIONS)["set"] > 20, name
-            assert page.locator("article figure img").count() >= 2, name
+def test_chapters_have_equations_and_pictures(browser: Any, served: Any, site: Path) -> None:
+    with tab(browser, served) as one:
+        for name in [n for n in names(site) if n.startswith("ch")]:
+            one.visit(served.address + name)
+            assert one.page.evaluate(EQUATIONS)["set"] > 20, name
+            assert one.page.locator("article figure img").count() >= 2, name
 
 
-def test_pages_are_light(browser: Any, served: str, site: Path) -> None:
+def test_pages_are_light(browser: Any, served: Any, site: Path) -> None:
     weights = {}
     for name in names(site):
-        with opened(browser, served + name, 1280, "light") as (_, seen):
-            weights[name] = seen.bytes
+        with tab(browser, served) as one:
+            before = served.sent
+            one.visit(served.address + name)
+            weights[name] = served.sent - before
     print({name: f"{weight / 1e6:.2f} MB" for name, weight in weights.items()})
     assert max(weights.values()) <= WEIGHT, weights
 
 
-def test_resting_on_a_link_shows_what_it_leads_to(browser: Any, served: str) -> None:
-    with opened(browser, served + "ch01_softmax.html", 1280, "light") as (page, seen):
-        link = page.locator('article a.reference.internal[href^="#eq"]').first
+def test_resting_on_a_link_shows_what_it_leads_to(browser: Any, served: Any) -> None:
+    with tab(browser, served) as one:
+        one.visit(served.address + "ch01_softmax.html")
+        link = one.page.locator('article a.reference.internal[href^="#eq"]').first
         link.scroll_into_view_if_needed()
         link.hover()
-        preview = page.locator(".book-preview")
+        preview = one.page.locator(".book-preview")
         preview.wait_for(timeout=5000)
         assert preview.locator("mjx-container").count() >= 1
         box = preview.bounding_box()
-        assert 0 <= box["x"]
+        assert box["x"] >= 0
         assert box["x"] + box["width"] <= 1280
-        page.keyboard.press("Escape")
+        one.page.keyboard.press("Escape")
         assert preview.count() == 0
-        page.keyboard.press("Tab")
+        one.page.keyboard.press("Tab")
         link.focus()
         preview.wait_for(timeout=5000)
         assert link.get_attribute("aria-describedby") == "book-preview"
-        assert not seen.troubles
+        assert not one.troubles
 
 
-def test_names_in_code_cells_lead_to_the_reference(browser: Any, served: str) -> None:
-    with opened(browser, served + "ch01_softmax.html", 1280, "light") as (page, _):
-        link = page.locator('div.cell a.sphinx-codeautolink-a[href^="reference.html#"]').first
-        assert "attn_lessons." in link.get_attribute("href")
+def test_a_preview_of_another_page_has_its_equations_set(browser: Any, served: Any) -> None:
+    with tab(browser, served) as one:
+        one.visit(served.address + "ch01_softmax.html")
+        link = one.page.locator(
+            'article a[href="reference.html#attn_lessons.softmax.softmax"]'
+        ).first
+        link.scroll_into_view_if_needed()
+        link.hover()
+        one.page.locator(".book-preview mjx-container").first.wait_for(timeout=10000)
+        assert "\\(" not in one.page.locator(".book-preview").inner_text()
+        assert not one.troubles
 
 
-def test_a_folded_answer_opens(browser: Any, served: str) -> None:
-    with opened(browser, served + "ch01_softmax.html", 390, "dark") as (page, _):
-        answer = page.locator("div.admonition.toggle").first
+def test_names_in_code_cells_lead_to_the_reference(browser: Any, served: Any) -> None:
+    with tab(browser, served) as one:
+        one.visit(served.address + "ch01_softmax.html")
+        names = 'div.cell a.sphinx-codeautolink-a[href^="reference.html#"]'
+        assert "attn_lessons." in one.page.locator(names).first.get_attribute("href")
+
+
+def test_a_folded_answer_opens(browser: Any, served: Any) -> None:
+    with tab(browser, served, 390, "dark") as one:
+        one.visit(served.address + "ch01_softmax.html")
+        answer = one.page.locator("div.admonition.toggle").first
         answer.scroll_into_view_if_needed()
         body = answer.locator("p").nth(1)
         assert not body.is_visible()
@@ -187,18 +205,18 @@ def test_a_folded_answer_opens(browser: Any, served: str) -> None:
         body.wait_for(state="visible", timeout=5000)
 
 
-def test_the_link_into_jupyterlab_shows_where_there_is_one(
-    browser: Any, served: str, site: Path
-) -> None:
-    link = ".exercise-links a.lab-only"
-    with opened(browser, served + "ch01_softmax.html", 1280, "light") as (page, _):
-        assert page.locator(link).first.is_visible()
-    outside = served.replace("/book/", "/")
-    with opened(browser, outside + "ch01_softmax.html", 1280, "light") as (page, _):
-        assert not page.locator(link).first.is_visible()
+def test_the_link_into_jupyterlab_shows_where_there_is_one(browser: Any, served: Any) -> None:
+    outside = served.address.replace("/book/", "/")
+    for address, shown in [(served.address, True), (outside, False)]:
+        with tab(browser, served) as one:
+            one.visit(address + "ch01_softmax.html")
+            link = one.page.locator(".exercise-links a.lab-only").first
+            assert link.get_attribute("href") == "../lab/tree/ch01_softmax.ipynb"
+            assert link.is_visible() == shown
 
 
-def test_search_finds_a_word(browser: Any, served: str) -> None:
-    with opened(browser, served + "search.html?q=logsumexp", 1280, "light") as (page, seen):
-        page.locator("#search-results li").first.wait_for(timeout=10000)
-        assert not seen.troubles
+def test_search_finds_a_word(browser: Any, served: Any) -> None:
+    with tab(browser, served) as one:
+        one.visit(served.address + "search.html?q=logsumexp")
+        one.page.locator("#search-results li").first.wait_for(timeout=10000)
+        assert not one.troubles

@@ -88,7 +88,7 @@ def outdated(
     digest = page_digest()
     last = getattr(env, "attn_pages", None)
     env.attn_pages = digest  # type: ignore[attr-defined]
-    return [] if last in (None, digest) else sorted(env.found_docs)
+    return [] if last in (None, digest) else sorted(env.found_docs - added)
 
 
 def setup(app: Sphinx) -> None:

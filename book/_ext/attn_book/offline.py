@@ -82,7 +82,18 @@ def own_templates(app: Sphinx, config: Config) -> None:
     config.templates_path = [str(TEMPLATES), *config.templates_path]
 
 
+def mend_lists(
+    app: Sphinx, pagename: str, templatename: str, context: dict, doctree: object
+) -> None:
+    """docutils calls a bibliography a list and its entries something else; readers stumble."""
+    if "body" in context:
+        context["body"] = context["body"].replace(
+            '<div role="list" class="citation-list">', '<div class="citation-list">'
+        )
+
+
 def setup(app: Sphinx) -> None:
+    app.connect("html-page-context", mend_lists)
     app.connect("config-inited", own_templates)
     app.connect("config-inited", configure_mathjax)
     app.connect("config-inited", lambda app, config: drop_thebe(app))

@@ -19,7 +19,13 @@ from sphinx.application import Sphinx
 
 BUILT_FROM_PIECES = ("bs-", "tooltip", "popover", "mjx", "sd-sphinx-override")
 HEAVY = ("styles/pydata-sphinx-theme.css", "sphinx-design.min.css", "mystnb.*.css", "basic.css")
-UNUSED = ("scripts/fontawesome.js*", "scripts/*.map", "styles/*.map", "scripts/*.LICENSE.txt")
+UNUSED = (
+    "scripts/fontawesome.js*",
+    "scripts/*.map",
+    "styles/*.map",
+    "scripts/*.LICENSE.txt",
+    "*webpack-macros.html",
+)
 WORD = re.compile(r"-?[A-Za-z_][\w-]*")
 CLASS = re.compile(r"\.(-?[A-Za-z_][\w-]*)")
 INNER = re.compile(r":(?:not|is|where|has)\((?:[^()]|\([^()]*\))*\)")

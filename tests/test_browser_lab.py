@@ -1,4 +1,4 @@
-"""The learner's whole way in a real browser: a wrong answer named, a right one green, and graded."""
+"""The learner's way in a real browser: a wrong answer named, a right one green, and graded."""
 
 from __future__ import annotations
 

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import contextlib
+import io
 import os
 import sys
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from datetime import datetime
 from pathlib import Path
-from typing import Annotated, Literal, NoReturn
+from typing import TYPE_CHECKING, Annotated, Literal, NoReturn
 
 import typer
 from rich.console import Console
@@ -17,6 +18,9 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 
 from attn_lessons import _paths
 from attn_lessons.grading.records import NotebookRow
+
+if TYPE_CHECKING:
+    from attn_lessons.grading.classroom import Class
 
 app = typer.Typer(
     help="Attention by Hand: exercises, their checks, and grading.",
@@ -54,7 +58,9 @@ def release(
     except (ReleaseError, OSError) as error:
         fail(*str(error).splitlines())
     for name in differ:
-        out.print(f"{name}: {'differs from its solution' if check else 'written'}", markup=False)
+        there = (_paths.exercises_dir() / name).exists()
+        done = "differs from its solution" if check else "written" if there else "removed"
+        out.print(f"{name}: {done}", markup=False)
     if not differ:
         out.print("exercises/ is in step with solutions/")
     raise typer.Exit(1 if check and differ else 0)
@@ -70,25 +76,25 @@ def check(
     timeout: Annotated[float, typer.Option(min=0.1, help="Seconds it may run.")] = 60.0,
 ) -> None:
     """Check one function in a plain file. Exit code: 0 right, 1 wrong, 2 nothing to check."""
-    from attn_lessons.grading import catalogue, feedback, onefile
-    from attn_lessons.grading.release import write_whole
+    from attn_lessons.grading import catalogue, feedback, job, onefile
     from attn_lessons.grading.reports import as_json
 
     if json and json != "-":
         _writable_file("--json", Path(json))
     try:
         wanted = catalogue.find(exercise)
-        verdict = onefile.judge(wanted, file, timeout)
     except ValueError as error:
         fail(str(error).removeprefix("exercise_id: "))
-    text = feedback.text(verdict)
-    if verdict.status != "passed" and verdict.mismatch is None:
-        text = f"{exercise}: {verdict.message}"
-    (err if json == "-" else out).print(text, markup=False, highlight=False, soft_wrap=True)
-    if json == "-":
-        sys.stdout.write(as_json.exercise(verdict))
-    elif json:
-        write_whole(Path(json), as_json.exercise(verdict))
+    try:
+        verdict = onefile.judge(wanted, file, timeout)
+    except onefile.FileFault as error:
+        fail(str(error))
+    console = err if json == "-" else out
+    console.print(feedback.text(verdict), markup=False, highlight=False, soft_wrap=True)
+    try:
+        _write(json, as_json.exercise(job.judged(verdict)))
+    except OSError as error:
+        fail(_told(error), code=1)
     raise typer.Exit(0 if verdict.status == "passed" else 1)
 
 
@@ -133,15 +139,7 @@ def grade(
     from attn_lessons.grading.job import Settings
     from attn_lessons.grading.reports import terminal
 
-    outputs = [("--json", json), ("--csv", csv)]
-    for option, name in outputs:
-        if name and name != "-":
-            _writable_file(option, Path(name))
-    if json == "-" and csv == "-":
-        fail("--json and --csv: only one of them can be standard output")
-    if html is not None and html.exists() and not html.is_dir():
-        fail(f"--html: {html} is not a folder")
-    console = err if "-" in (json, csv) else out
+    _writable(json, csv, html)
     try:
         submissions = classroom.gather(paths)
         classroom.refuse_outdated(paths)
@@ -151,23 +149,14 @@ def grade(
         fail(str(error))
     if run.rows:
         err.print(f"going on with an interrupted run: {len(run.rows)} of {len(run.jobs)} are done")
+    rows = _finish(run, jobs or os.cpu_count() or 1, scheduler)
     try:
-        with _bar(len(run.jobs), len(run.rows)) as step:
-            if scheduler:
-                classroom.grade_on(run, scheduler, step)
-            else:
-                classroom.grade(run, jobs or os.cpu_count() or 1, step)
-    except classroom.ClassError as error:
+        _write_reports(rows, json, csv, html)
+    except OSError as error:
         run.ledger.close()
-        fail(str(error))
-    except KeyboardInterrupt:
-        run.ledger.close()
-        done = f"{len(run.rows)} of {len(run.jobs)} notebooks are graded"
-        fail(f"stopped: {done}; the same command goes on from there", code=INTERRUPTED)
-    rows = run.finished
-    _write_reports(rows, json, csv, html)
+        fail(f"{_told(error)}; the grades are kept, the same command writes them", code=1)
     run.ledger.finish()
-    console.print(terminal.report(rows))
+    (err if "-" in (json, csv) else out).print(terminal.report(rows))
     lost = any(row.status != "graded" or row.points < row.max_points for row in rows)
     raise typer.Exit(1 if strict and lost else 0)
 
@@ -201,7 +190,7 @@ def reset(
     except NotebookError as error:
         fail(str(error))
     except OSError as error:
-        fail(f"{error.filename}: {error.strerror}", code=1)
+        fail(_told(error), code=1)
     out.print(f"{folder / name}.ipynb is a fresh copy", markup=False, highlight=False)
     if kept is not None:
         out.print(f"yours is kept as {kept}", markup=False, highlight=False)
@@ -230,6 +219,9 @@ def progress(
 
 def main() -> None:
     """The entry point."""
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper):  # a mark that a terminal cannot show ends nothing
+            stream.reconfigure(errors="backslashreplace")
     app()
 
 
@@ -249,28 +241,96 @@ def _sandbox(asked: str) -> Literal["bubblewrap", "none"]:
     return "none"
 
 
+def _finish(run: Class, jobs: int, scheduler: str) -> list[NotebookRow]:
+    """Grade what is left; whatever stops it, the rows that are done stay on record."""
+    from attn_lessons.grading import classroom
+
+    try:
+        with _bar(len(run.jobs), len(run.rows)) as step:
+            if scheduler:
+                classroom.grade_on(run, scheduler, step)
+            else:
+                classroom.grade(run, jobs, step)
+    except classroom.ClassError as error:
+        run.ledger.close()
+        fail(str(error))
+    except OSError as error:
+        fail(f"the record of the run cannot be written: {_told(error)}", code=1)
+    except KeyboardInterrupt:
+        run.ledger.close()
+        done = f"{len(run.rows)} of {len(run.jobs)} notebooks are graded"
+        fail(f"stopped: {done}; the same command goes on from there", code=INTERRUPTED)
+    return run.finished
+
+
 def _write_reports(rows: Sequence[NotebookRow], json: str, csv: str, html: Path | None) -> None:
-    from attn_lessons.grading.release import write_whole
     from attn_lessons.grading.reports import as_csv, as_html, as_json
 
-    for name, render in ((json, as_json.render), (csv, as_csv.render)):
-        if name == "-":
-            sys.stdout.write(render(rows))
-        elif name:
-            write_whole(Path(name), render(rows))
     if html is not None:
-        for page, text in as_html.render(rows).items():
-            write_whole(html / page, text)
+        _write_pages(html, as_html.render(rows))
+    for name, render in ((json, as_json.render), (csv, as_csv.render)):
+        _write(name, render(rows))
+
+
+def _write_pages(folder: Path, pages: Mapping[str, str]) -> None:
+    """The pages, and nothing left in the folder of those that an earlier run put there."""
+    from attn_lessons.grading.release import write_whole
+    from attn_lessons.grading.reports import as_html
+
+    index = folder / "index.html"
+    before = index.read_text(encoding="utf-8", errors="replace") if index.is_file() else ""
+    for name, text in pages.items():
+        write_whole(folder / name, text)
+    for name in as_html.stale(before, pages):
+        (folder / name).unlink(missing_ok=True)
+
+
+def _write(name: str, text: str) -> None:
+    from attn_lessons.grading.release import write_whole
+
+    if name == "-":
+        sys.stdout.write(text)
+    elif name:
+        write_whole(Path(os.path.realpath(name)), text)
+
+
+def _writable(json: str, csv: str, html: Path | None) -> None:
+    """Refuse outputs that could not be written, before anything is run."""
+    for option, name in (("--json", json), ("--csv", csv)):
+        if name and name != "-":
+            _writable_file(option, Path(name))
+    if json and csv and (json == csv or os.path.realpath(json) == os.path.realpath(csv)):
+        both = "standard output" if json == "-" else json
+        fail(f"--json and --csv: only one of them can be {both}")
+    if html is None:
+        return
+    there = next(p for p in (html, *html.parents) if os.path.lexists(p))
+    if not there.is_dir():
+        fail(f"--html: {there} is not a folder")
+    _open_folder("--html", there)
 
 
 def _writable_file(option: str, path: Path) -> None:
-    if path.is_dir():
+    if path.suffix in (".ipynb", ".py"):
+        fail(f"{option}: {path} is the name of a notebook or a program, not of a report")
+    if os.path.isdir(path):
         fail(f"{option}: {path} is a folder, a file is wanted")
+    if os.path.exists(path) and not os.path.isfile(path):
+        fail(f"{option}: {path} is not a regular file; - is standard output")
     parent = path.absolute().parent
-    if not parent.is_dir():
+    if not os.path.isdir(parent):
         fail(f"{option}: there is no folder {parent}")
-    if not os.access(parent, os.W_OK):
-        fail(f"{option}: the folder {parent} cannot be written to")
+    _open_folder(option, parent)
+
+
+def _open_folder(option: str, folder: Path) -> None:
+    if not os.access(folder, os.W_OK | os.X_OK):
+        fail(f"{option}: the folder {folder} cannot be written to")
+
+
+def _told(error: OSError) -> str:
+    """An error of the system in one line."""
+    return ": ".join(str(part) for part in (error.filename, error.strerror) if part) or str(error)
 
 
 @contextlib.contextmanager

@@ -12,9 +12,9 @@ import numpy as np
 from attn_lessons.grading import catalogue, compare, feedback, seeds
 from attn_lessons.grading.diagnose import Draws, Results, attempt, diagnose
 from attn_lessons.grading.exercise import Case, Exercise
-from attn_lessons.grading.records import Judgement, Mismatch, Returned
+from attn_lessons.grading.records import UNSOLVED, Judgement, Mismatch, Returned
 
-UNSOLVED = "NotImplementedError"
+STUB = "NotImplementedError"
 
 
 @dataclass(frozen=True)
@@ -84,7 +84,7 @@ def judge(exercise: Exercise, draws: Draws, returned: Results) -> Judgement:
         [compare.fault(got, want, exercise, case) for case, got, want in zip(*row, strict=True)]
         for row in zip(draws, returned, wanted, strict=True)
     ]
-    total = len(draws[0]) if draws else 0
+    total = len(draws[0])
     passed = tuple(
         case.name for i, case in enumerate(draws[0]) if all(row[i] is None for row in found)
     )
@@ -109,7 +109,7 @@ def judge(exercise: Exercise, draws: Draws, returned: Results) -> Judgement:
         total,
         first,
         mistaken,
-        "not solved yet" if mistaken is None else f"{first.case}: {first.message}",
+        UNSOLVED if mistaken is None else f"{first.case}: {first.message}",
     )
 
 
@@ -142,7 +142,7 @@ def _first(found: Sequence[Sequence[Mismatch | None]]) -> Mismatch | None:
 
 
 def _unsolved(returned: Results) -> bool:
-    return all(got.error == UNSOLVED for row in returned for got in row)
+    return all(got.error == STUB for row in returned for got in row)
 
 
 def _show(judgement: Judgement, exercise: Exercise) -> None:

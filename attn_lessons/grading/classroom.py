@@ -14,14 +14,14 @@ import subprocess
 import sys
 import threading
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from functools import cache
 from pathlib import Path
 
 import attn_lessons
 from attn_lessons import _paths
 from attn_lessons.grading import notebook
-from attn_lessons.grading.job import Job, Settings, ungraded
+from attn_lessons.grading.job import Job, Settings, one_line, ungraded
 from attn_lessons.grading.ledger import Ledger, LedgerBusy, from_dict
 from attn_lessons.grading.records import NotebookRow
 
@@ -68,8 +68,11 @@ def gather(paths: Sequence[Path]) -> list[Job]:
     """The submissions that ``paths`` (notebooks or folders of them) hold, each once."""
     found: dict[Path, Job] = {}
     for path in paths:
-        for file, student in _notebooks(path):
-            found.setdefault(file.resolve(), job(file, student))
+        try:
+            for file, student in _notebooks(path):
+                found.setdefault(file.resolve(), job(file, student))
+        except OSError as error:
+            raise ClassError(f"{path}: {error.strerror or error}") from None
     return list(found.values())
 
 
@@ -82,7 +85,7 @@ def refuse_outdated(paths: Sequence[Path]) -> None:
             submission = notebook.read(path)
             stale = notebook.staleness(submission, notebook.pristine_for(submission))
             if stale:
-                raise ClassError(f"{path}: {stale}")
+                raise ClassError(f"{path}: {one_line(stale)}")
 
 
 def begin(jobs: Sequence[Job], settings: Settings, seed: int | None) -> Class:
@@ -109,7 +112,7 @@ def begin(jobs: Sequence[Job], settings: Settings, seed: int | None) -> Class:
         raise ClassError(
             f"{error.filename}: {error.strerror}; ATTN_LESSONS_STATE names another folder"
         ) from None
-    used = Settings(**{**asdict(settings), "seed": int(ledger.header["seed"])})
+    used = replace(settings, seed=int(ledger.header["seed"]))
     return Class(list(jobs), used, ledger, dict(ledger.rows))
 
 
@@ -170,14 +173,12 @@ class Worker:
         request = json.dumps({"job": asdict(job), "settings": asdict(settings)})
         for _ in range(2):
             try:
-                line = self._ask(request, settings.whole_timeout + WORKER_GRACE)
+                return self._ask(request, settings.whole_timeout + WORKER_GRACE)
             except TimeoutError:
                 self._kill()
                 return ungraded(job, "timeout", "the grader had to stop its worker")
-            except OSError:
+            except (OSError, ValueError):
                 self._kill()
-                continue
-            return from_dict(json.loads(line))
         return ungraded(job, "crashed", "the process that graded it was lost, twice")
 
     def close(self) -> None:
@@ -185,7 +186,7 @@ class Worker:
         self._closed = True
         self._kill()
 
-    def _ask(self, request: str, seconds: float) -> str:
+    def _ask(self, request: str, seconds: float) -> NotebookRow:
         process = self._running()
         assert process.stdin is not None
         assert process.stdout is not None
@@ -196,14 +197,14 @@ class Worker:
         line = process.stdout.readline()
         if not line.endswith("\n"):
             raise BrokenPipeError("the worker is gone")
-        return line
+        return from_dict(json.loads(line))
 
     def _running(self) -> subprocess.Popen[str]:
         if self._closed:
             raise BrokenPipeError("closed")
         if self._process is None:
             self._process = subprocess.Popen(
-                [sys.executable, "-c", WORKER],
+                [sys.executable, "-P", "-c", WORKER],
                 stdin=subprocess.PIPE,
                 stdout=subprocess.PIPE,
                 stderr=subprocess.DEVNULL,
@@ -276,10 +277,15 @@ def _hidden(file: Path, base: Path) -> bool:
 
 def job(file: Path, student: str) -> Job:
     """The submission that a file holds, or its fault: nothing in it can stop a run."""
-    name = file.as_posix()
+    name, student = _printable(file.as_posix()), _printable(student)
     try:
         if not file.is_file():
             raise notebook.NotebookError(f"{file}: not a regular file")
         return Job(name, student, notebook.text_of(file))
     except notebook.NotebookError as error:
         return Job(name, student, "", str(error).removeprefix(f"{file}: "))
+
+
+def _printable(name: str) -> str:
+    """A file's name without what no report can hold: control characters, bytes that are no text."""
+    return "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in name)

@@ -19,14 +19,13 @@ import numpy as np
 
 from attn_lessons.grading.compare import difference, number
 from attn_lessons.grading.exercise import Exercise
-from attn_lessons.grading.records import Diagnosis, Judgement, Mismatch
+from attn_lessons.grading.records import UNSOLVED, Diagnosis, Judgement, Mismatch
 
 WIDTH = 96
 WHOLE = 6  # matrices up to this many rows and columns are shown whole
 ROW = 8  # and vectors up to this length
 WINDOW = 5  # of larger ones, this many around the largest error
 MAP = 24  # rows and columns of a heat map
-UNSOLVED = "not solved yet"
 
 PASS, FAIL, CALM = "#2e9e5b", "#d6453d", "#8a8f98"
 RED, BLUE = (178, 24, 43), (33, 102, 172)
@@ -49,11 +48,11 @@ def line(judgement: Judgement) -> str:
 
 def text(judgement: Judgement) -> str:
     """The verdict as plain text, at most fifteen lines."""
-    head = f"{judgement.exercise}: {_headline(judgement)}"
     if judgement.status == "passed":
-        return "\n".join([head, *_wrapped(", ".join(judgement.cases_passed))])
+        return "\n".join([line(judgement), *_wrapped(", ".join(judgement.cases_passed))])
     if judgement.message == UNSOLVED or judgement.mismatch is None:
-        return head
+        return line(judgement)
+    head = f"{judgement.exercise}: {_headline(judgement)}"
     body = [*_reasons(judgement.diagnosis), *_first_failure(judgement.mismatch)]
     return "\n".join([head, *body, *_wrapped(_right_in(judgement), lines=2)])
 

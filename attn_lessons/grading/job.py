@@ -14,6 +14,7 @@ from attn_lessons.grading.exercise import Exercise
 from attn_lessons.grading.records import (
     ExerciseRow,
     ExerciseStatus,
+    Judgement,
     NotebookRow,
     NotebookStatus,
 )
@@ -84,6 +85,19 @@ def row_of(
 def unjudged(exercise: Exercise, status: ExerciseStatus, message: str) -> ExerciseRow:
     """The row of an exercise whose function gave nothing to judge."""
     return ExerciseRow(exercise.id, status, 0, exercise.points, None, one_line(message))
+
+
+def judged(verdict: Judgement) -> ExerciseRow:
+    """The row of an exercise whose function was called."""
+    mistake = verdict.diagnosis.mistake if verdict.diagnosis else None
+    return ExerciseRow(
+        verdict.exercise,
+        verdict.status,
+        verdict.points,
+        verdict.max_points,
+        mistake,
+        one_line(verdict.message),
+    )
 
 
 def one_line(text: str) -> str:

@@ -76,9 +76,11 @@ def fresh(value: Any) -> Any:
 
 def same(old: Any, new: Any) -> bool:
     """Whether nothing in ``old`` was changed in ``new`` (NaN equals NaN here)."""
+    if type(old) is not type(new):
+        return False
     match old:
         case np.ndarray():
-            if not isinstance(new, np.ndarray) or (old.shape, old.dtype) != (new.shape, new.dtype):
+            if (old.shape, old.dtype) != (new.shape, new.dtype):
                 return False
             return np.array_equal(old, new, equal_nan=old.dtype.kind in "fc")
         case tuple() | list():

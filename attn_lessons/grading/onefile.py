@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ast
 import json
+import stat
 import subprocess
 import sys
 from pathlib import Path
@@ -25,7 +26,8 @@ def judge(exercise: Exercise, path: Path, timeout: float) -> Judgement:
     """The verdict on the function that ``path`` defines."""
     _parses(path)
     draws = check.make_draws(exercise, seeds.check_seeds(exercise.id))
-    command = [sys.executable, "-m", "attn_lessons.grading.learner", str(path), exercise.id]
+    learner = "attn_lessons.grading.learner"
+    command = [sys.executable, "-P", "-m", learner, str(path), exercise.id]
     try:
         done = subprocess.run(
             command,
@@ -50,8 +52,15 @@ def judge(exercise: Exercise, path: Path, timeout: float) -> Judgement:
 
 
 def _parses(path: Path) -> None:
+    if path.suffix == ".ipynb":
+        raise FileFault(f"{path}: a notebook, not a Python file; `attn-lessons grade` takes it")
     try:
-        if path.stat().st_size > MAX_FILE_BYTES:
+        status = path.stat()
+        if stat.S_ISDIR(status.st_mode):
+            raise FileFault(f"{path}: a folder, not a Python file")
+        if not stat.S_ISREG(status.st_mode):
+            raise FileFault(f"{path}: not a regular file")
+        if status.st_size > MAX_FILE_BYTES:
             raise FileFault(f"{path}: too large for a Python file")
         source = path.read_bytes()
     except FileNotFoundError:
@@ -61,7 +70,8 @@ def _parses(path: Path) -> None:
     try:
         ast.parse(source, str(path))
     except SyntaxError as error:
-        raise FileFault(f"{path}: line {error.lineno}: {error.msg}") from None
+        at = f"line {error.lineno}: " if error.lineno else ""
+        raise FileFault(f"{path}: {at}{error.msg}") from None
     except (ValueError, RecursionError, MemoryError) as error:
         raise FileFault(f"{path}: not a Python file: {error}") from None
 

@@ -122,6 +122,8 @@ def reset(workspace: Path, name: str, now: datetime) -> Path | None:
     path = workspace / f"{name}.ipynb"
     fresh = (_paths.exercises_dir() / f"{name}.ipynb").read_text(encoding="utf-8")
     kept = None
+    if path.exists() and not path.is_file():
+        raise notebook.NotebookError(f"{path}: not a regular file; it has to be moved away first")
     if path.exists():
         kept = _unused(workspace / f"kept_{now:%Y-%m-%d_%H%M%S}_{name}.ipynb")
         os.link(path, kept)  # unlike a rename, this never replaces a file

@@ -5,6 +5,8 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any, Literal
 
+UNSOLVED = "not solved yet"  # the message of an exercise whose stub still stands
+
 ExerciseStatus = Literal["passed", "failed", "error", "timeout", "missing"]
 NotebookStatus = Literal["graded", "unreadable", "crashed", "timeout"]
 MismatchKind = Literal["raised", "structure", "shape", "nonfinite", "values", "mutated"]

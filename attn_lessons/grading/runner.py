@@ -33,14 +33,13 @@ from attn_lessons.grading.job import (
     LONGEST_MESSAGE,
     Job,
     Settings,
-    one_line,
+    judged,
     row_of,
     ungraded,
     unjudged,
 )
 from attn_lessons.grading.records import (
     ExerciseRow,
-    Judgement,
     NotebookRow,
     NotebookStatus,
 )
@@ -245,9 +244,11 @@ def grade(job: Job, settings: Settings, kitchen: Kitchen) -> NotebookRow:
         return ungraded(job, "unreadable", str(error))
     try:
         return _graded(job, submission, released, settings, kitchen)
-    except Exception as error:  # a row is due; the traceback is for whoever runs the grader
-        traceback.print_exc()
-        return ungraded(job, "crashed", f"the grader failed: {type(error).__name__}: {error}")
+    except Exception as error:  # a row is due
+        last = traceback.extract_tb(error.__traceback__)[-1]
+        at = f"{Path(last.filename).name}, line {last.lineno}"
+        told = f"the grader failed ({at}): {type(error).__name__}: {error}"
+        return ungraded(job, "crashed", told)
 
 
 def run(
@@ -389,7 +390,7 @@ def _exercise_row(
     emitted = ran.get(own["emit"])
     if emitted is not None and emitted.emitted is not None and _defined(emitted.emitted):
         try:
-            return _judged(check.judge(exercise, draws, calls.outcomes(emitted.emitted, draws)))
+            return judged(check.judge(exercise, draws, calls.outcomes(emitted.emitted, draws)))
         except protocol.ProtocolError as error:
             return unjudged(exercise, "error", f"what it returned cannot be read: {error}")
     if missing:
@@ -411,18 +412,6 @@ def _exercise_row(
 def _defined(message: Any) -> bool:
     """Whether the function was there to be called."""
     return not (isinstance(message, dict) and message.get("defined") is False)
-
-
-def _judged(verdict: Judgement) -> ExerciseRow:
-    mistake = verdict.diagnosis.mistake if verdict.diagnosis else None
-    return ExerciseRow(
-        verdict.exercise,
-        verdict.status,
-        verdict.points,
-        verdict.max_points,
-        mistake,
-        one_line(verdict.message),
-    )
 
 
 def _not_reached(exercise: Exercise, status: NotebookStatus) -> ExerciseRow:

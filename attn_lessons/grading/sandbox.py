@@ -23,6 +23,8 @@ from attn_lessons import _paths
 from attn_lessons.grading.job import SandboxName
 
 WARM = "attn_lessons.grading.warm"
+# -P: what lies in the folder the grader was started in is none of a kernel's modules.
+WARM_COMMAND = (sys.executable, "-P", "-m", WARM)
 START_TIMEOUT = 60.0
 SYSTEM_FOLDERS = ("/usr", "/bin", "/sbin", "/lib", "/lib32", "/lib64", "/etc", "/opt", "/nix")
 KEPT_VARIABLES = ("PATH", "LANG", "LC_ALL", "LC_CTYPE", "LD_LIBRARY_PATH", "ATTN_LESSONS_PROJECT")
@@ -125,7 +127,7 @@ class ForkServer:
     def _running(self) -> subprocess.Popen[str]:
         if self.process is None or self.process.poll() is not None:
             self.process = subprocess.Popen(
-                [sys.executable, "-m", WARM, *self.modules],
+                [*WARM_COMMAND, *self.modules],
                 stdin=subprocess.PIPE,
                 stdout=subprocess.PIPE,
                 stderr=subprocess.DEVNULL,
@@ -185,7 +187,7 @@ class OwnKernel:
         self.connection_file = self.room.connection_file
         request = self.room.path / "request.json"
         request.write_text(json.dumps(self.room.request(limits)))
-        command = [sys.executable, "-m", WARM, "--once", str(request)]
+        command = [*WARM_COMMAND, "--once", str(request)]
         if sandbox == "bubblewrap":
             command = [*bubblewrap_command(self.room.path), *command]
         self._process = subprocess.Popen(
@@ -254,7 +256,7 @@ def bubblewrap_fault() -> str:
         (room / "work").mkdir()
         try:
             tried = subprocess.run(
-                [*bubblewrap_command(room), sys.executable, "-c", f"import {WARM}"],
+                [*bubblewrap_command(room), sys.executable, "-P", "-c", f"import {WARM}"],
                 capture_output=True,
                 text=True,
                 timeout=20,

@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import re
 from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from html import escape
 
 from attn_lessons.grading.records import ExerciseRow, NotebookRow
@@ -43,6 +43,7 @@ code { font: .9em ui-monospace, monospace; }
   background: var(--line); vertical-align: middle; margin-right: .6rem; overflow: hidden; }
 .bar i { display: block; height: 100%; background: var(--good); }
 """
+MARK = "<meta name='generator' content='attn-lessons grade'>"
 MARKS = {
     "passed": "✓",
     "failed": "✗",
@@ -65,6 +66,13 @@ def page_name(row: NotebookRow) -> str:
     readable = re.sub(r"[^A-Za-z0-9]+", "-", f"{row.student}-{row.chapter}").strip("-")[:60]
     digest = hashlib.sha256(f"{row.notebook}\0{row.student}".encode()).hexdigest()[:8]
     return f"{readable.lower()}-{digest}.html"
+
+
+def stale(index: str, now: Mapping[str, str]) -> set[str]:
+    """Pages that the folder's earlier ``index`` links to and that are no longer written."""
+    if MARK not in index:
+        return set()
+    return set(re.findall(r"href='([a-z0-9-]+-[0-9a-f]{8}\.html)'", index)) - set(now)
 
 
 def _index_page(rows: Sequence[NotebookRow]) -> str:
@@ -180,7 +188,7 @@ def _number(column: str) -> str:
 
 def _page(title: str, body: Sequence[str]) -> str:
     return (
-        "<!doctype html>\n<html lang='en'>\n<head>\n<meta charset='utf-8'>\n"
+        f"<!doctype html>\n<html lang='en'>\n<head>\n<meta charset='utf-8'>\n{MARK}\n"
         "<meta name='viewport' content='width=device-width, initial-scale=1'>\n"
         f"<title>{escape(title)}</title>\n<style>{STYLE}</style>\n</head>\n<body>\n<main>\n"
         + "\n".join(part for part in body if part)

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from dataclasses import asdict
 from typing import Any
 
-from attn_lessons.grading.records import ExerciseRow, Judgement, NotebookRow
+from attn_lessons.grading.records import ExerciseRow, NotebookRow
 
 SCHEMA = 1
 
@@ -22,15 +22,6 @@ def notebook(row: NotebookRow) -> dict[str, Any]:
     return {"schema": SCHEMA, **asdict(row)}
 
 
-def exercise(judgement: Judgement) -> str:
-    """One verdict, in the form of an entry of ``exercises``."""
-    mistake = judgement.diagnosis.mistake if judgement.diagnosis else None
-    row = ExerciseRow(
-        judgement.exercise,
-        judgement.status,
-        judgement.points,
-        judgement.max_points,
-        mistake,
-        judgement.message,
-    )
+def exercise(row: ExerciseRow) -> str:
+    """One exercise, in the form of an entry of ``exercises``."""
     return json.dumps(asdict(row), indent=1, ensure_ascii=False) + "\n"

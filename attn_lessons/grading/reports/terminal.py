@@ -8,7 +8,7 @@ from rich.console import Group
 from rich.table import Table
 from rich.text import Text
 
-from attn_lessons.grading.records import ExerciseRow, NotebookRow
+from attn_lessons.grading.records import UNSOLVED, ExerciseRow, NotebookRow
 
 STYLES = {
     "passed": "green",
@@ -21,7 +21,6 @@ STYLES = {
     "missing": "yellow",
 }
 MARKS = {"passed": "✓", "failed": "✗", "error": "!", "timeout": "◷", "missing": "–"}
-UNSOLVED = "not solved yet"
 
 
 def report(rows: Sequence[NotebookRow]) -> Group:
@@ -31,7 +30,8 @@ def report(rows: Sequence[NotebookRow]) -> Group:
         row = rows[0]
         head = Text(f"{row.chapter}: {row.status}", STYLES[row.status])
         note = Text(f" {row.message}" if row.message else "", "dim")
-        return Group(head + note, exercises(row), Text(total, "bold"))
+        table = [exercises(row)] if row.exercises else []
+        return Group(head + note, *table, Text(total, "bold"))
     graded = sum(row.status == "graded" for row in rows)
     foot = Text(f"{graded} of {len(rows)} notebooks graded, {total}", "bold")
     return Group(grades(rows), Text(), legend(), foot)

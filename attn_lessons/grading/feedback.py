@@ -188,7 +188,7 @@ def _link(section: str) -> str:
     if not section:
         return ""
     if "ATTN_LESSONS_BOOK" not in os.environ:
-        return f"<span style='white-space:nowrap'>Book: <code>{escape(section)}</code></span>"
+        return f"<span style='overflow-wrap:anywhere'>Book: <code>{escape(section)}</code></span>"
     base = os.environ.get("JUPYTERHUB_SERVICE_PREFIX", "/").rstrip("/")
     address = escape(f"{base}/book/{section}", quote=True)
     colour = "var(--jp-content-link-color,#1976d2)"

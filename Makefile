@@ -15,7 +15,7 @@ test: python
 	$(RUN) ruff check .
 	$(RUN) ruff format --check .
 	$(RUN) mypy attn_lessons
-	$(RUN) pytest -n 2 --dist loadgroup
+	$(RUN) pytest -n 2 --dist loadfile --no-loadscope-reorder
 
 book: python
 	@$(PYTHON) -m attn_lessons.install book

@@ -6,7 +6,6 @@ import json
 import os
 import subprocess
 import sys
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -28,30 +27,15 @@ RIGHT = """def softmax(z, axis=-1):
     return weights / weights.sum(axis=axis, keepdims=True)
 """
 
-pytestmark = [pytest.mark.browser, pytest.mark.xdist_group("browser-lab")]
+pytestmark = pytest.mark.browser
 
 
-@pytest.fixture(scope="module")
-def chromium() -> Iterator[Any]:
-    found = lab.browser()
-    if found is None:
-        if os.environ.get("REQUIRE_BROWSER") == "1":
-            pytest.fail("REQUIRE_BROWSER=1, and no Chromium is on the path")
-        pytest.skip("no Chromium on the path")
-    from playwright.sync_api import sync_playwright
-
-    with sync_playwright() as playwright:
-        opened = playwright.chromium.launch(executable_path=found, args=lab.FLAGS)
-        yield opened
-        opened.close()
-
-
-def test_from_a_wrong_answer_to_full_marks(chromium: Any, tmp_path: Path) -> None:
+def test_from_a_wrong_answer_to_full_marks(browser: Any, tmp_path: Path) -> None:
     project = lab.project_without_book(tmp_path / "project")
     workspace = tmp_path / "work space"
     elsewhere: list[str] = []
     with lab.started(workspace, 21000 + os.getpid() % 20000, project) as (address, book):
-        page = chromium.new_page(viewport={"width": 1280, "height": 900})
+        page = browser.new_page(viewport={"width": 1280, "height": 900})
         page.on("request", lambda asked: elsewhere.append(asked.url))
         notebook = lab.Notebook(page, address, f"{NAME}.ipynb")
         file = workspace / f"{NAME}.ipynb"

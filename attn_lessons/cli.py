@@ -291,7 +291,10 @@ def _write(name: str, text: str) -> None:
     if name == "-":
         sys.stdout.write(text)
     elif name:
-        write_whole(Path(os.path.realpath(name)), text)
+        try:
+            write_whole(Path(os.path.realpath(name)), text)
+        except OSError as error:  # by the name the user knows, not the passing one
+            raise OSError(error.errno, error.strerror, name) from None
 
 
 def _writable(json: str, csv: str, html: Path | None) -> None:

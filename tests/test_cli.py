@@ -122,10 +122,21 @@ def test_files_with_nothing_to_check(here, source, told):
     assert told in refused(here, "check", "softmax", "a.py", "--json", "out.json")
 
 
+def put_file(folder, name, content):
+    (folder / name).write_bytes(content)
+    return name
+
+
 def test_check_names_what_is_not_there(here):
     assert "did you mean softmax" in refused(here, "check", "sofmax", "a.py")
     assert refused(here, "check", "softmax", "a.py") == "a.py: no such file"
-    assert "a directory" in refused(here, "check", "softmax", here).lower()
+    assert "a folder, not a Python file" in refused(here, "check", "softmax", here)
+    assert "line None" not in refused(here, "check", "softmax", put_file(here, "n.py", b"a\0"))
+    book = put_file(here, "ch01.ipynb", b"{}")
+    assert "a notebook, not a Python file" in refused(here, "check", "softmax", book)
+    os.mkfifo(here / "p.py")
+    assert "not a regular file" in refused(here, "check", "softmax", "p.py")
+    assert "name too long" in refused(here, "check", "softmax", "a" * 300).lower()
     (here / "a.py").write_text(RIGHT)
     assert "no folder" in refused(here, "check", "softmax", "a.py", "--json", "no/out.json")
 
@@ -187,7 +198,12 @@ def test_the_same_seed_gives_the_same_report(here, built):
         (("empty",), "empty: holds no notebooks"),
         (("nb.ipynb", "--json", "no/r.json"), "--json: there is no folder"),
         (("nb.ipynb", "--json", "empty"), "--json: empty is a folder"),
+        (("nb.ipynb", "--json", "nb.ipynb"), "--json: nb.ipynb is the name of a notebook"),
+        (("nb.ipynb", "--json", os.devnull), "is not a regular file; - is standard output"),
+        (("nb.ipynb", "--json", "r", "--csv", "./r"), "only one of them can be r"),
         (("nb.ipynb", "--html", "x.txt"), "--html: x.txt is not a folder"),
+        (("nb.ipynb", "--html", "x.txt/pages"), "--html: x.txt is not a folder"),
+        (("a" * 300,), "name too long"),
         (("nb.ipynb", "--json", "-", "--csv", "-"), "only one of them"),
     ],
 )
@@ -195,7 +211,50 @@ def test_grade_refuses_wrong_usage_in_one_line(here, arguments, told):
     (here / "x.txt").write_text("{}")
     (here / "nb.ipynb").write_text("{}")
     (here / "empty").mkdir()
-    assert told in refused(here, "grade", *arguments)
+    assert told.lower() in refused(here, "grade", *arguments).lower()
+
+
+def test_names_that_no_report_could_hold(here):
+    for student in ("=1+1", "esc\x1b[31m", "no text \udcff", "ü name"):
+        put(here, "{", f"class/{student}/{project.NAME}.ipynb")
+    outputs = ("--json", "r.json", "--csv", "r.csv", "--html", "pages")
+    done = run("grade", "class", "--sandbox", "none", *outputs)
+    assert done.exit_code == 0, done.output
+    students = {row["student"] for row in json.loads((here / "r.json").read_text())}
+    assert students == {"=1+1", "esc\\x1b[31m", "no text \\udcff", "ü name"}
+    assert "'=1+1," in (here / "r.csv").read_text()
+    assert len(list((here / "pages").iterdir())) == 5
+
+
+def test_pages_of_an_earlier_run_go_and_other_files_stay(here):
+    old = put(here, "{", f"class/ada/{project.NAME}.ipynb")
+    put(here, "{", f"class/ben/{project.NAME}.ipynb")
+    run("grade", "class", "--sandbox", "none", "--html", "pages")
+    other = put(here, "mine", "pages/notes-ada-0123abcd.html")
+    old.unlink()
+    run("grade", "class", "--sandbox", "none", "--html", "pages")
+    names = {path.name.rsplit("-", 1)[0] for path in (here / "pages").iterdir()}
+    assert names == {"index.html", "ben-ch01-softmax", "notes-ada"}
+    assert other.read_text() == "mine"
+
+
+def test_grades_are_kept_where_a_report_cannot_be_written(here, monkeypatch):
+    from attn_lessons.grading import release
+
+    def full(path, text):
+        raise OSError(28, "No space left on device", f"{path}.part")
+
+    put(here, "{", f"class/ada/{project.NAME}.ipynb")
+    command = ("grade", "class", "--sandbox", "none", "--json", "r.json")
+    with monkeypatch.context() as disk:
+        disk.setattr(release, "write_whole", full)
+        done = run(*command)
+    assert done.exit_code == 1
+    assert done.stderr.splitlines() == [
+        "r.json: No space left on device; the grades are kept, the same command writes them"
+    ]
+    assert "1 of 1 are done" in run(*command).stderr
+    assert (here / "r.json").exists()
 
 
 @pytest.mark.parametrize("option", [("--jobs", "-1"), ("--timeout", "0"), ("--sandbox", "x")])
@@ -244,6 +303,18 @@ def test_ctrl_c_keeps_what_is_done(here, built, monkeypatch):
     assert done.exit_code == 130
     assert "0 of 1 notebooks are graded; the same command goes on from there" in done.stderr
     assert not (here / "r.json").exists()
+
+
+def test_a_class_on_a_dask_scheduler(here, built):
+    distributed = pytest.importorskip("distributed")
+    put(here, project.solved(built), f"class/ada/{project.NAME}.ipynb")
+    put(here, "{", f"class/ben/{project.NAME}.ipynb")
+    with distributed.LocalCluster(
+        n_workers=1, threads_per_worker=1, processes=False, dashboard_address=None
+    ) as cluster:
+        grade = ("grade", "class", "--sandbox", "none", "--json", "-")
+        done = run(*grade, "--scheduler", cluster.scheduler_address)
+    assert [row["points"] for row in json.loads(done.stdout)] == [project.TOTAL, 0]
 
 
 # ------------------------------------------------------------------------------- release
@@ -299,6 +370,8 @@ def test_reset_refuses_what_it_does_not_know(here):
     (here / "workspace").mkdir()
     assert "did you mean ch01" in refused(here, "reset", "ch10")
     assert "no such folder" in refused(here, "reset", "ch01", "--workspace", "elsewhere")
+    (here / "workspace" / f"{project.NAME}.ipynb").mkdir()
+    assert "not a regular file" in refused(here, "reset", "ch01")
 
 
 def test_progress_is_what_the_saved_notebooks_can_do(here, built, monkeypatch):

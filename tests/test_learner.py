@@ -106,3 +106,9 @@ def test_the_kernels_side_never_loads_the_catalogue():
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert done.stdout.strip() == "[]"
+
+
+def test_an_entry_of_another_kind_is_a_change():
+    for entry in (None, 3, np.zeros(2)):
+        returned = learner.call(lambda names, to=entry: names.__setitem__(0, to), ([["a"]],))
+        assert returned.mutated == ("argument 1",)

@@ -142,16 +142,25 @@ def grade_on(run: Class, address: str, report: Report) -> None:
     try:
         from distributed import Client, as_completed
     except ImportError:
-        raise ClassError("--scheduler: dask.distributed is not installed here") from None
+        raise ClassError(
+            "--scheduler: dask.distributed is not installed here (pip install distributed)"
+        ) from None
     try:
         client = Client(address, timeout=20)
     except (OSError, ValueError) as error:
         raise ClassError(f"--scheduler: nobody answers at {address}: {error}") from None
     with client:
+        if not client.nthreads():
+            raise ClassError(f"--scheduler: no worker is connected to {address}")
         sent = {client.submit(grade_here, job, run.settings, pure=False): job for job in run.left}
         for future in as_completed(sent):
-            run.add(sent[future], future.result())
-            report(run.rows[_key(sent[future])])
+            job = sent[future]
+            if future.cancelled():
+                raise ClassError(f"--scheduler: {address} is gone; the same command goes on")
+            lost = future.exception()
+            row = future.result() if lost is None else ungraded(job, "crashed", f"lost: {lost}")
+            run.add(job, row)
+            report(row)
 
 
 def grade_here(job: Job, settings: Settings) -> NotebookRow:

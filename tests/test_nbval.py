@@ -218,9 +218,20 @@ def test_the_kernel_is_ours_whatever_the_notebook_says(root, grade, spec):
 
 def nbval(folder, option):
     """Exit code, and the outcomes of every notebook's code cells in order, under plain nbval."""
-    environment = os.environ | {"OMP_NUM_THREADS": "1"}
+    # Only nbval's plugin: the others take longer to load than the notebooks to run.
+    environment = os.environ | {"OMP_NUM_THREADS": "1", "PYTEST_DISABLE_PLUGIN_AUTOLOAD": "1"}
     environment.pop("ATTN_LESSONS_PROJECT", None)
-    plain = ["-p", "no:cacheprovider", "-v", "--tb=line", "-c", os.devnull, "--color=no"]
+    plain = [
+        "-p",
+        "nbval.plugin",
+        "-p",
+        "no:cacheprovider",
+        "-v",
+        "--tb=line",
+        "-c",
+        os.devnull,
+        "--color=no",
+    ]
     done = subprocess.run(
         [sys.executable, "-m", "pytest", option, *plain, f"--rootdir={folder}", str(folder)],
         capture_output=True,

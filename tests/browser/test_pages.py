@@ -13,6 +13,7 @@ import pytest
 
 pytestmark = [pytest.mark.browser, pytest.mark.xdist_group("book")]
 VIEWS = [(width, mode) for width in (1280, 390) for mode in ("light", "dark")]
+PATIENCE = 180_000  # milliseconds: a busy machine is slow, not wrong
 WEIGHT = 1.5e6  # bytes of a page and all it loads, nothing cached, nothing compressed
 
 # Raw TeX that was not set would still stand between these delimiters.
@@ -102,6 +103,7 @@ class Tab:
 @contextmanager
 def tab(browser: Any, served: Any, width: int = 1280, mode: str = "light") -> Iterator[Tab]:
     context = browser.new_context(viewport={"width": width, "height": 900}, color_scheme=mode)
+    context.set_default_timeout(PATIENCE)
     try:
         one = Tab(context.new_page(), served.address.removesuffix("/book/"))
         one.listen()
@@ -181,7 +183,7 @@ def test_resting_on_a_link_shows_what_it_leads_to(browser: Any, served: Any) -> 
         link.scroll_into_view_if_needed()
         link.hover()
         preview = one.page.locator(".book-preview")
-        preview.wait_for(timeout=5000)
+        preview.wait_for()
         assert preview.locator("mjx-container").count() >= 1
         box = preview.bounding_box()
         assert box["x"] >= 0
@@ -190,7 +192,7 @@ def test_resting_on_a_link_shows_what_it_leads_to(browser: Any, served: Any) -> 
         assert preview.count() == 0
         one.page.keyboard.press("Tab")
         link.focus()
-        preview.wait_for(timeout=5000)
+        preview.wait_for()
         assert link.get_attribute("aria-describedby") == "book-preview"
         assert not one.troubles
 
@@ -203,7 +205,7 @@ def test_a_preview_of_another_page_has_its_equations_set(browser: Any, served: A
         ).first
         link.scroll_into_view_if_needed()
         link.hover()
-        one.page.locator(".book-preview mjx-container").first.wait_for(timeout=10000)
+        one.page.locator(".book-preview mjx-container").first.wait_for()
         assert "\\(" not in one.page.locator(".book-preview").inner_text()
         assert not one.troubles
 
@@ -223,7 +225,7 @@ def test_a_folded_answer_opens(browser: Any, served: Any) -> None:
         body = answer.locator("p").nth(1)
         assert not body.is_visible()
         answer.locator("button, .admonition-title").last.click()
-        body.wait_for(state="visible", timeout=5000)
+        body.wait_for(state="visible")
 
 
 def test_the_link_into_jupyterlab_shows_where_there_is_one(browser: Any, served: Any) -> None:
@@ -239,5 +241,5 @@ def test_the_link_into_jupyterlab_shows_where_there_is_one(browser: Any, served:
 def test_search_finds_a_word(browser: Any, served: Any) -> None:
     with tab(browser, served) as one:
         one.visit(served.address + "search.html?q=logsumexp")
-        one.page.locator("#search-results li").first.wait_for(timeout=10000)
+        one.page.locator("#search-results li").first.wait_for()
         assert not one.troubles

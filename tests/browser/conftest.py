@@ -53,6 +53,13 @@ def site() -> Path:
     return built.site()
 
 
+class Server(http.server.ThreadingHTTPServer):
+    def handle_error(self, request: Any, client_address: Any) -> None:
+        """A browser that leaves a page before it has all of it is no error."""
+        if not isinstance(sys.exception(), ConnectionError):
+            super().handle_error(request, client_address)
+
+
 @dataclass
 class Served:
     """Where the pages are served, and how many bytes have been sent."""
@@ -81,7 +88,7 @@ def served(site: Path) -> Iterator[Served]:
         def log_message(self, *args: Any) -> None:
             pass
 
-    with http.server.ThreadingHTTPServer(("127.0.0.1", 0), Pages) as server:
+    with Server(("127.0.0.1", 0), Pages) as server:
         thread = threading.Thread(target=server.serve_forever)
         thread.start()
         result.address = f"http://127.0.0.1:{server.server_port}/book/"

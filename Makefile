@@ -22,7 +22,7 @@ book: python
 	$(RUN) attn_lessons.bookbuild
 
 clean:
-	rm -rf .venv book/_build book/_vendor dist .pytest_cache .mypy_cache .ruff_cache
+	rm -rf .venv _build book/_build book/_vendor dist .pytest_cache .mypy_cache .ruff_cache
 
 python:
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' 2>/dev/null || { \

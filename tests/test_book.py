@@ -154,6 +154,12 @@ jupytext: {text_representation: {extension: .md, format_name: myst}}
 kernelspec: {display_name: Python 3, language: python, name: python3}
 ---
 """
+LINKED = """
+```{eval-rst}
+.. py:module:: attn_lessons
+.. py:data:: VALUE
+```
+"""
 GOOD = """# One
 
 $$ y = z $$ (eq-one)
@@ -176,7 +182,7 @@ def tiny(tmp_path: Path) -> Path:
     shutil.copyfile(ROOT / "_config.yml", tmp_path / "_config.yml")
     (book / "references.bib").write_text("")
     (book / "_toc.yml").write_text("format: jb-book\nroot: intro\n")
-    (book / "intro.md").write_text(HEAD + GOOD)
+    (book / "intro.md").write_text(HEAD + GOOD + LINKED)
     (tmp_path / "exercises").mkdir()
     (tmp_path / "attn_lessons").mkdir()
     (tmp_path / "attn_lessons" / "__init__.py").write_text("VALUE = 1\n")
@@ -203,10 +209,12 @@ def test_a_changed_library_makes_the_page_run_again(tiny: Path) -> None:
     first = plain_build(tiny)
     assert first.returncode == 0, first.stderr[-2000:]
     assert "library says 1" in html.read_text()
+    assert "sphinx-codeautolink-a" in html.read_text()
     (tiny / "attn_lessons" / "__init__.py").write_text("VALUE = 2\n")
     again = plain_build(tiny)
     assert again.returncode == 0, again.stderr[-2000:]
     assert "library says 2" in html.read_text()
+    assert "sphinx-codeautolink-a" in html.read_text(), "the names in code lost their links"
 
 
 def test_a_failing_cell_fails_the_build_every_time(tiny: Path) -> None:

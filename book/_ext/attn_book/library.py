@@ -84,11 +84,20 @@ def mark_clean_build(app: Sphinx, exception: Exception | None) -> None:
 def outdated(
     app: Sphinx, env: BuildEnvironment, added: set[str], changed: set[str], removed: set[str]
 ) -> list[str]:
-    """Every page, when the library is not the one of the last build."""
+    """Every page, when the library is not the one of the last build or any page has changed.
+
+    A page that is written again without being read again would lose its links from code to the
+    reference. Reading is quick: cells whose outputs are kept do not run.
+    """
     digest = page_digest()
     last = getattr(env, "attn_pages", None)
     env.attn_pages = digest  # type: ignore[attr-defined]
-    return [] if last in (None, digest) else sorted(env.found_docs - added)
+    for listener in app.events.listeners["build-finished"]:
+        linker = getattr(listener.handler, "__self__", None)
+        if hasattr(linker, "outdated_docs"):  # sphinx_codeautolink looks at the sources' age only
+            linker.outdated_docs = {str(Path(name)) for name in env.found_docs}
+    same = last in (None, digest) and not (added or changed or removed)
+    return [] if same else sorted(env.found_docs - added)
 
 
 def setup(app: Sphinx) -> None:

@@ -1,5 +1,8 @@
 // Hovering or focusing a link to an equation, figure, exercise, section or citation shows what it
 // leads to. Escape or leaving closes it. The page linked to is fetched once, from this site only.
+// The theme asks Bootstrap for tips on its buttons; their titles say the same.
+window.bootstrap = { Tooltip: class {} };
+
 (() => {
   const pages = new Map();
   let box, timer, current;
@@ -64,6 +67,24 @@
     timer = setTimeout(() => open(link).catch(close), wait);
   };
 
+  // The menus of the page's header: a click opens and closes them, Escape and a click elsewhere close.
+  const menus = () => {
+    const buttons = [...document.querySelectorAll('[data-bs-toggle="dropdown"]')];
+    const set = (button, open) => {
+      button.setAttribute("aria-expanded", open);
+      button.classList.toggle("show", open);
+      button.parentElement.querySelector(".dropdown-menu")?.classList.toggle("show", open);
+    };
+    document.addEventListener("click", ({ target }) => {
+      for (const button of buttons) {
+        set(button, button.contains(target) && button.getAttribute("aria-expanded") !== "true");
+      }
+    });
+    document.addEventListener("keydown", ({ key }) => {
+      if (key === "Escape") for (const button of buttons) set(button, false);
+    });
+  };
+
   // What scrolls inside itself can be reached and scrolled with the keyboard.
   const letScroll = () => {
     for (const box of document.querySelectorAll("article div.math, article pre, .pst-scrollable-table-container, .cell_output")) {
@@ -79,6 +100,7 @@
   });
 
   document.addEventListener("DOMContentLoaded", () => {
+    menus();
     if (location.pathname.includes("/book/")) {
       for (const link of document.querySelectorAll("a.lab-only")) link.hidden = false;
     }

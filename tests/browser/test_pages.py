@@ -208,9 +208,8 @@ def test_resting_on_a_link_shows_what_it_leads_to(browser: Any, served: Any) -> 
 def test_a_preview_of_another_page_has_its_equations_set(browser: Any, served: Any) -> None:
     with tab(browser, served) as one:
         one.visit(served.address + "ch01_softmax.html")
-        link = one.page.locator(
-            'article a[href="reference.html#attn_lessons.softmax.softmax"]'
-        ).first
+        softmax = 'article a[href="reference.html#attn_lessons.softmax.softmax"]'
+        link = one.page.locator(f"{softmax} >> visible=true").first
         link.scroll_into_view_if_needed()
         link.hover()
         one.page.locator(".book-preview mjx-container").first.wait_for()
@@ -250,4 +249,18 @@ def test_search_finds_a_word(browser: Any, served: Any) -> None:
     with tab(browser, served) as one:
         one.visit(served.address + "search.html?q=logsumexp")
         one.page.locator("#search-results li").first.wait_for()
+        assert not one.troubles
+
+
+def test_the_header_menu_opens_and_closes(browser: Any, served: Any) -> None:
+    with tab(browser, served) as one:
+        one.visit(served.address + "intro.html")
+        button = one.page.locator('[data-bs-toggle="dropdown"]').first
+        menu = one.page.locator(".dropdown-menu").first
+        button.focus()
+        one.page.keyboard.press("Enter")
+        menu.wait_for()
+        assert button.get_attribute("aria-expanded") == "true"
+        one.page.keyboard.press("Escape")
+        menu.wait_for(state="hidden")
         assert not one.troubles

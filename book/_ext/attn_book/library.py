@@ -2,7 +2,7 @@
 
 The execution cache compares a page's code cells only; it does not notice that the functions they
 call have changed. Here its folder is named after a digest of the library and of the benchmark
-results, and a build whose digest differs from the last one reads every page anew.
+results, and a build whose digest differs from the last one begins anew.
 
 Sphinx has one more trap: a build that failed on a warning passes when it is repeated, because the
 page that warned is not read again. Here only a clean build is built upon.
@@ -24,7 +24,7 @@ from sphinx.environment import BuildEnvironment
 HERE = Path(__file__).resolve().parent
 RESULTS = HERE.parents[2] / "benchmarks" / "results"
 KEEP = 2  # libraries whose outputs are kept, so that going back and forth stays quick
-CLEAN = "clean"  # file that says the last build had neither error nor warning
+CLEAN = "clean"  # file that says what the last build without error and warning was made from
 
 
 def library_folder() -> Path:
@@ -68,40 +68,38 @@ def key_cache(app: Sphinx, config: Config) -> None:
         shutil.rmtree(old)
 
 
-def forget_unclean_build(app: Sphinx, config: Config) -> None:
-    doctrees = Path(app.doctreedir)
-    if not (doctrees / CLEAN).exists():
-        (doctrees / "environment.pickle").unlink(missing_ok=True)
-    (doctrees / CLEAN).unlink(missing_ok=True)
+def forget_other_builds(app: Sphinx, config: Config) -> None:
+    """Begin anew unless the last build was clean and made from the same library."""
+    clean = Path(app.doctreedir) / CLEAN
+    if not clean.exists() or clean.read_text(encoding="utf-8") != page_digest():
+        (Path(app.doctreedir) / "environment.pickle").unlink(missing_ok=True)
+        shutil.rmtree(Path(app.outdir) / "_modules", ignore_errors=True)
+    clean.unlink(missing_ok=True)
 
 
 def mark_clean_build(app: Sphinx, exception: Exception | None) -> None:
     # Sphinx has no public count of the warnings it gave.
     if exception is None and app._warncount == 0:
-        (Path(app.doctreedir) / CLEAN).touch()
+        (Path(app.doctreedir) / CLEAN).write_text(page_digest(), encoding="utf-8")
 
 
 def outdated(
     app: Sphinx, env: BuildEnvironment, added: set[str], changed: set[str], removed: set[str]
 ) -> list[str]:
-    """Every page, when the library is not the one of the last build or any page has changed.
+    """Every page when any has changed.
 
     A page that is written again without being read again would lose its links from code to the
     reference. Reading is quick: cells whose outputs are kept do not run.
     """
-    digest = page_digest()
-    last = getattr(env, "attn_pages", None)
-    env.attn_pages = digest  # type: ignore[attr-defined]
     for listener in app.events.listeners["build-finished"]:
         linker = getattr(listener.handler, "__self__", None)
         if hasattr(linker, "outdated_docs"):  # sphinx_codeautolink looks at the sources' age only
             linker.outdated_docs = {str(Path(name)) for name in env.found_docs}
-    same = last in (None, digest) and not (added or changed or removed)
-    return [] if same else sorted(env.found_docs - added)
+    return sorted(env.found_docs - added) if added or changed or removed else []
 
 
 def setup(app: Sphinx) -> None:
     app.connect("config-inited", key_cache, priority=100)
-    app.connect("config-inited", forget_unclean_build)
+    app.connect("config-inited", forget_other_builds)
     app.connect("env-get-outdated", outdated)
     app.connect("build-finished", mark_clean_build, priority=900)

@@ -17,6 +17,7 @@ PLAIN_SPAN = re.compile(r'<span class="[npw]">([^<]*)</span>')
 SEARCH_SCRIPT = re.compile(
     r'\s*<script src="[^"]*(?:searchtools|language_data|searchindex)\.js[^"]*"></script>'
 )
+TABS_SCRIPT = re.compile(r'\s*<script src="[^"]*design-tabs\.js[^"]*"></script>')
 PICTURE = re.compile(r'<img (?![^>]*loading=)(?=[^>]*src="([^"]*_images/[^"]+\.png)")')
 
 
@@ -35,6 +36,8 @@ def lighten_page(page: Path) -> None:
     text = PLAIN_SPAN.sub(r"\1", text)
     if page.name != "search.html":
         text = SEARCH_SCRIPT.sub("", text)
+    if "sd-tab-set" not in text:
+        text = TABS_SCRIPT.sub("", text)
     text = PICTURE.sub(lambda match: sized(page, match), text)
     if text != before:
         page.write_text(text, encoding="utf-8")

@@ -17,9 +17,10 @@ from fontTools.subset import Options, Subsetter
 from fontTools.ttLib import TTFont
 from sphinx.application import Sphinx
 
-BUILT_FROM_PIECES = ("bs-", "tooltip", "popover", "mjx", "sd-sphinx-override")
+BUILT_FROM_PIECES = ("mjx", "sd-sphinx-override")
 HEAVY = ("styles/pydata-sphinx-theme.css", "sphinx-design.min.css", "mystnb.*.css", "basic.css")
 UNUSED = (
+    "scripts/bootstrap.js*",
     "scripts/fontawesome.js*",
     "scripts/*.map",
     "styles/*.map",
@@ -37,7 +38,7 @@ def vocabulary(site: Path) -> set[str]:
     """Every word of the pages and scripts: whatever can be a class's name."""
     words: set[str] = set()
     for path in [*site.glob("**/*.html"), *site.glob("_static/**/*.js")]:
-        if "mathjax" not in path.parts and path.name != "fontawesome.js":
+        if "mathjax" not in path.parts and path.name not in ("fontawesome.js", "bootstrap.js"):
             words.update(WORD.findall(path.read_text(encoding="utf-8")))
     return words
 

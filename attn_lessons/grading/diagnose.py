@@ -14,7 +14,7 @@ from typing import Any
 
 import numpy as np
 
-from attn_lessons.grading import compare, learner, relations
+from attn_lessons.grading import compare, intermediates, learner, relations
 from attn_lessons.grading.exercise import Case, Exercise, Mistake
 from attn_lessons.grading.records import Diagnosis, Returned
 
@@ -46,7 +46,8 @@ def diagnose(exercise: Exercise, draws: Draws, returned: Results, wanted: Result
     seen = relations.looks(exercise, draws, returned, wanted)
     if relations.only_mutated(seen):
         return _changes_input(returned)
-    return Diagnosis(observations=relations.observe(exercise, seen))
+    facts = [*intermediates.first_wrong(exercise, seen), *relations.observe(exercise, seen)]
+    return Diagnosis(observations=tuple(facts[: relations.MOST]))
 
 
 def name_mistake(

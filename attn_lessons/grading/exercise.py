@@ -42,6 +42,21 @@ class Mistake:
 
 
 @dataclass(frozen=True)
+class Intermediate:
+    """A value on the way to what is returned, which an answer can be asked for without showing it.
+
+    ``value`` computes it from the call's arguments. ``solved`` has, for the name of a returned
+    array, a function of that array and the call's arguments: the intermediate that the array must
+    have been made of, or None where it does not determine one. For dq = dlogits @ k that is
+    ``dq @ pinv(k)``, where k has no more rows than columns.
+    """
+
+    name: str
+    value: Callable[..., np.ndarray]
+    solved: Mapping[str, Callable[..., np.ndarray | None]]
+
+
+@dataclass(frozen=True)
 class Exercise:
     """One function for the learner to write; its ``id`` is the function's name.
 
@@ -50,7 +65,8 @@ class Exercise:
     Jacobian) and is what a learner's numbers are held against; a test holds both together.
     ``returns`` names what is returned, one name for each element of a returned tuple.
     ``tokens`` names those returned arrays whose last two axes are laid out so that a picture of
-    the error over them says something.
+    the error over them says something. ``intermediates`` are in the order in which a right answer
+    meets them, so that the first wrong one can be named.
     """
 
     id: str
@@ -64,6 +80,7 @@ class Exercise:
     oracle: Callable[..., Any] | None = None
     float32_allowed: bool = True
     tokens: tuple[str, ...] = ()
+    intermediates: tuple[Intermediate, ...] = ()
 
     @property
     def signature(self) -> str:

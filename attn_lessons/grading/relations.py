@@ -92,14 +92,14 @@ def _cases(seen: Sequence[Look]) -> Iterator[str]:
     bad = {look.case.name for look in seen if look.fault is not None}
     good = [name for name in names if name not in bad]
     if good and len(bad) <= FEW:
-        listed = _listed([f"“{name}”" for name in names if name in bad])
-        yield f"only {listed} {'fails' if len(bad) == 1 else 'fail'}, the other cases are right"
+        shown = listed([f"“{name}”" for name in names if name in bad])
+        yield f"only {shown} {'fails' if len(bad) == 1 else 'fail'}, the other cases are right"
 
 
 def _mutated(seen: Sequence[Look]) -> Iterator[str]:
     names = dict.fromkeys(name for look in seen for name in look.got.mutated)
     if names:
-        yield f"besides, the call changes its argument {_listed(list(names))}"
+        yield f"besides, the call changes its argument {listed(list(names))}"
 
 
 def _returned(failing: Sequence[Look]) -> Iterator[str]:
@@ -119,10 +119,10 @@ def _outputs(exercise: Exercise, seen: Sequence[Look], failing: Sequence[Look]) 
     right = [name for name in names if name not in wrong]
     if right and wrong and all(look.values for look in seen if look.got.error is None):
         verb = "is" if len(right) == 1 else "are"
-        yield f"{_listed(right)} {verb} right in every case, only {_listed(wrong)} not"
+        yield f"{listed(right)} {verb} right in every case, only {listed(wrong)} not"
     if not swapped:
         for name in wrong:
-            yield from _output(name, exercise, paired)
+            yield from about(name, exercise, paired)
 
 
 def _is_wrong(exercise: Exercise, look: Look, name: str) -> bool:
@@ -146,7 +146,7 @@ def _exchanged(look: Look, a: str, b: str) -> bool:
     return _close(got_a, want_b) and _close(got_b, want_a)
 
 
-def _output(name: str, exercise: Exercise, paired: Sequence[Look]) -> Iterator[str]:
+def about(name: str, exercise: Exercise, paired: Sequence[Look]) -> Iterator[str]:
     """Facts about one wrong output that hold wherever it is wrong; else those of the first case."""
     wrong = [look for look in paired if _is_wrong(exercise, look, name)]
     found = [dict(_facts(name, look, exercise)) for look in wrong]
@@ -358,7 +358,7 @@ def _paired(
     return {p.name: (p.got, p.want) for p in pairs if isinstance(p.want, np.ndarray)}
 
 
-def _listed(names: Sequence[str]) -> str:
+def listed(names: Sequence[str]) -> str:
     *head, last = names
     return f"{', '.join(head)} and {last}" if head else last
 

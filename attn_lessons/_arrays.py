@@ -1,9 +1,13 @@
-"""Arrays at the door of every function: real numbers, the right shape, an axis that exists."""
+"""Arrays at the door of every function: real numbers, the right shape, an axis that exists.
+
+And two operations below all others: the backward pass of broadcasting, and a weighted sum in which
+what has weight 0 takes no part.
+"""
 
 import operator
 
 import numpy as np
-from jaxtyping import Float, Shaped
+from jaxtyping import Bool, Float, Shaped
 
 
 def as_float(name: str, x: Shaped[np.ndarray, "*shape"]) -> Float[np.ndarray, "*shape"]:
@@ -18,6 +22,32 @@ def as_float(name: str, x: Shaped[np.ndarray, "*shape"]) -> Float[np.ndarray, "*
     if x.dtype.kind in "iub":
         return x.astype(np.float64)
     raise ValueError(f"{name}: expected real numbers; got dtype {x.dtype}")
+
+
+def as_bool(name: str, x: Shaped[np.ndarray, "*shape"]) -> Bool[np.ndarray, "*shape"]:
+    """Return ``x`` as an array of booleans.
+
+    ValueError: ``x`` holds anything else. A mask of 0 and 1, or of 0 and -inf, would be read the
+    wrong way round by one convention or the other.
+    """
+    x = np.asarray(x)
+    if x.dtype != bool:
+        raise ValueError(f"{name}: expected booleans; got dtype {x.dtype}")
+    return x
+
+
+def as_count(name: str, n: int, least: int = 0) -> int:
+    """Return ``n`` as an int of at least ``least``.
+
+    ValueError: ``n`` is no integer, or smaller.
+    """
+    try:
+        count = operator.index(n)
+    except TypeError:
+        raise ValueError(f"{name}: expected an integer; got {n!r}") from None
+    if count < least:
+        raise ValueError(f"{name}: expected at least {least}; got {count}")
+    return count
 
 
 def check_axis(axis: int, name: str, x: Shaped[np.ndarray, "..."]) -> int:
@@ -51,6 +81,50 @@ def check_rank(name: str, x: Shaped[np.ndarray, "..."], axes: str) -> None:
     if x.ndim != len(wanted):
         shape = f"({', '.join(wanted)}{',' if len(wanted) == 1 else ''})"
         raise ValueError(f"{name}: expected shape {shape}; got {x.shape}")
+
+
+def check_shape(
+    name: str, x: Shaped[np.ndarray, "..."], wanted: tuple[int | str, ...], why: str = ""
+) -> None:
+    """ValueError: ``x`` has another shape than ``wanted``, where a string stands for any length.
+
+    ``check_shape("k", k, (2, 3, "Nk", 8), f"to match q {q.shape}")``
+    """
+    fits = x.ndim == len(wanted) and all(
+        isinstance(w, str) or w == n for w, n in zip(wanted, x.shape, strict=True)
+    )
+    if not fits:
+        shape = f"({', '.join(map(str, wanted))}{',' if len(wanted) == 1 else ''})"
+        raise ValueError(f"{name}: expected shape {shape}{why and ' ' + why}; got {x.shape}")
+
+
+def check_broadcasts(
+    name: str, x: Shaped[np.ndarray, "..."], shape: tuple[int, ...], axes: str = ""
+) -> None:
+    """ValueError: ``x`` does not broadcast to ``shape``, whose ``axes`` are named (``"B K"``)."""
+    if not _broadcasts(x.shape, shape):
+        names = f"({', '.join(axes.split())}) = " if axes else ""
+        raise ValueError(
+            f"{name}: expected a shape that broadcasts to {names}{shape}; got {x.shape}"
+        )
+
+
+def weighted_sum(
+    weights: Float[np.ndarray, "*batch m n"], values: Float[np.ndarray, "*batch n d"]
+) -> Float[np.ndarray, "*batch m d"]:
+    """``weights @ values``, where a weight of 0 takes nothing: not NaN from 0 · NaN or 0 · inf.
+
+    Rows of ``values`` that are not finite reach only the sums that give them weight.
+    """
+    finite = np.isfinite(values).all(axis=-1)
+    if finite.all():
+        return weights @ values
+    total = weights @ np.where(finite[..., None], values, 0)
+    for j in np.flatnonzero(~finite.reshape(-1, finite.shape[-1]).all(axis=0)):
+        weight, value = weights[..., j, None], values[..., j, None, :]
+        taken = (weight != 0) & ~finite[..., j, None, None]
+        total += np.where(taken, weight * value, 0)
+    return total
 
 
 def unbroadcast(grad: Float[np.ndarray, "..."], shape: tuple[int, ...]) -> Float[np.ndarray, "..."]:

@@ -13,14 +13,13 @@ The conventions are the same in every function:
 from __future__ import annotations
 
 import math
-import operator
 from collections.abc import Iterable, Mapping
 from typing import NamedTuple
 
 import numpy as np
 from jaxtyping import Float, Real
 
-from attn_lessons._arrays import as_float, check_same_shape
+from attn_lessons._arrays import as_count, as_float, check_same_shape
 
 Arrays = Mapping[str, np.ndarray]
 
@@ -253,12 +252,12 @@ def warmup_inverse_sqrt(step: int, d_model: int, warmup: int) -> float:
 
     The peak, at ``step == warmup``, is (d·w)^-1/2.
 
-    ValueError: ``step`` < 0, ``d_model`` or ``warmup`` < 1, or not whole.
+    ValueError: ``step`` < 0, ``d_model`` or ``warmup`` < 1, or no integers.
 
     Source: Vaswani et al. 2017, eq. (3).
     """
-    step, warmup = _count("step", step, 0), _count("warmup", warmup, 1)
-    peak = (_count("d_model", d_model, 1) * warmup) ** -0.5
+    step, warmup = as_count("step", step), as_count("warmup", warmup, 1)
+    peak = (as_count("d_model", d_model, 1) * warmup) ** -0.5
     return peak * min(step / warmup, (warmup / step) ** 0.5 if step else 0.0)
 
 
@@ -272,14 +271,14 @@ def warmup_cosine(step: int, peak: float, warmup: int, total: int, floor: float 
 
     ``warmup=0`` begins at the peak.
 
-    ValueError: ``step`` or ``warmup`` < 0 or not whole; ``total`` <
+    ValueError: ``step`` or ``warmup`` < 0 or no integer; ``total`` <
     ``warmup``; ``peak`` or ``floor`` negative or not finite.
 
     Source: Loshchilov & Hutter 2017, eq. (5), one cycle, after a warm-up.
     """
-    step, warmup = _count("step", step, 0), _count("warmup", warmup, 0)
+    step, warmup = as_count("step", step), as_count("warmup", warmup)
     peak, floor = _amount("peak", peak), _amount("floor", floor)
-    if _count("total", total, 0) < warmup:
+    if as_count("total", total) < warmup:
         raise ValueError(f"total: expected at least warmup, {warmup}; got {total}")
     if step < warmup:
         return peak * step / warmup
@@ -291,7 +290,7 @@ def warmup_cosine(step: int, peak: float, warmup: int, total: int, floor: float 
 @_quiet
 def _adam(grad, m, v, step, betas, eps):
     """New moments, and the change of the parameter per unit of learning rate."""
-    step, eps = _count("step", step, 1), _amount("eps", eps)
+    step, eps = as_count("step", step, 1), _amount("eps", eps)
     first, second = betas
     first, second = _fraction("betas[0]", first), _fraction("betas[1]", second)
     m = first * m + (1 - first) * grad
@@ -330,13 +329,3 @@ def _fraction(name: str, x: float) -> float:
     if not 0 <= x < 1:
         raise ValueError(f"{name}: expected a number in [0, 1); got {x!r}")
     return float(x)
-
-
-def _count(name: str, n: int, least: int) -> int:
-    try:
-        count = operator.index(n)
-    except TypeError:
-        raise ValueError(f"{name}: expected a whole number; got {n!r}") from None
-    if count < least:
-        raise ValueError(f"{name}: expected at least {least}; got {n}")
-    return count

@@ -5,6 +5,7 @@ what has weight 0 takes no part.
 """
 
 import operator
+from typing import SupportsIndex
 
 import numpy as np
 from jaxtyping import Bool, Float, Shaped
@@ -36,7 +37,7 @@ def as_bool(name: str, x: Shaped[np.ndarray, "*shape"]) -> Bool[np.ndarray, "*sh
     return x
 
 
-def as_count(name: str, n: int, least: int = 0) -> int:
+def as_count(name: str, n: SupportsIndex, least: int = 0) -> int:
     """Return ``n`` as an int of at least ``least``.
 
     ValueError: ``n`` is no integer, or smaller.

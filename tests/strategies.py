@@ -62,3 +62,54 @@ def with_axis(draw: Any, arrays: Any) -> tuple[np.ndarray, int]:
     """An array and one of its axes, counted from either end."""
     x = draw(arrays)
     return x, draw(st.integers(-x.ndim, x.ndim - 1))
+
+
+@st.composite
+def attention_shapes(draw: Any, most: int = 7) -> dict[str, int]:
+    """Lengths of B, H, Nq, Nk, d and d_v from 1 to ``most``, no two alike: nothing fits by luck."""
+    names = ("B", "H", "Nq", "Nk", "d", "d_v")
+    lengths = draw(st.permutations(range(1, max(most, len(names)) + 1)))[: len(names)]
+    return dict(zip(names, lengths, strict=True))
+
+
+@st.composite
+def broadcastable(draw: Any, shape: tuple[int, ...]) -> tuple[int, ...]:
+    """A shape that broadcasts to ``shape``: lengths of 1, leading axes left out."""
+    stretched = tuple(n if draw(st.booleans()) else 1 for n in shape)
+    return stretched[draw(st.integers(0, len(shape))) :]
+
+
+@st.composite
+def masks(draw: Any, shape: tuple[int, ...]) -> np.ndarray:
+    """Masks of every broadcastable shape, from all False to all True, in any memory layout."""
+    rng, share = draw(generators()), draw(st.sampled_from([0.0, 0.3, 0.7, 1.0]))
+    # A scalar comparison gives np.True_, which is no array.
+    return draw(strided(np.asarray(rng.random(draw(broadcastable(shape))) < share)))
+
+
+@st.composite
+def attention_inputs(
+    draw: Any, dtype: Any = np.float64, scales: tuple[float, ...] = (0.3, 1.0, 5.0), most: int = 7
+) -> dict[str, Any]:
+    """q, k, v, dout and dlse; a mask, a bias and a dropout mask with its rate, or None."""
+    n = draw(attention_shapes(most))
+    rng, scale = draw(generators()), draw(st.sampled_from(scales))
+    over_keys = (n["B"], n["H"], n["Nq"], n["Nk"])
+
+    def array(*axes: str) -> np.ndarray:
+        x = rng.normal(size=tuple(n[a] for a in axes))
+        return draw(strided((x * scale).astype(dtype)))
+
+    bias_shape = draw(st.none() | broadcastable(over_keys))
+    rate = draw(st.sampled_from([0.0, 0.25, 0.9]))
+    return {
+        "q": array("B", "H", "Nq", "d"),
+        "k": array("B", "H", "Nk", "d"),
+        "v": array("B", "H", "Nk", "d_v"),
+        "dout": array("B", "H", "Nq", "d_v"),
+        "dlse": draw(st.sampled_from([None, array("B", "H", "Nq")])),
+        "mask": draw(st.none() | masks(over_keys)),
+        "bias": None if bias_shape is None else np.asarray(rng.normal(size=bias_shape), dtype),
+        "keep": rng.random(over_keys) >= rate if rate else None,
+        "rate": rate,
+    }

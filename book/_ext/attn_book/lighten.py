@@ -11,8 +11,9 @@ from pathlib import Path
 from PIL import Image
 from sphinx.application import Sphinx
 
-# Names, punctuation and space have the colour that code has anyway, in both modes.
-PLAIN_SPAN = re.compile(r'<span class="[npw]">([^<]*)</span>')
+# Names, punctuation and space have the colour that code has anyway, in both modes. Operators, every
+# dot and equals sign among them, would have that of strings: 50 kB in a long chapter.
+PLAIN_SPAN = re.compile(r'<span class="[npwo]">([^<]*)</span>')
 # The theme needs these on every page only to search while one types, which is off.
 SEARCH_SCRIPT = re.compile(
     r'\s*<script src="[^"]*(?:searchtools|language_data|searchindex)\.js[^"]*"></script>'

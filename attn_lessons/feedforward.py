@@ -16,9 +16,10 @@ from collections.abc import Callable
 from typing import Literal, NamedTuple
 
 import numpy as np
-from jaxtyping import Float, Real
+from jaxtyping import Bool, Float, Real
 
 from attn_lessons._arrays import as_float, check_same_shape, check_shape, unbroadcast
+from attn_lessons.normalization import dropout_backward, dropout_forward
 
 Activation = Literal["gelu", "gelu_tanh", "relu", "silu"]
 
@@ -222,8 +223,10 @@ class FFNCache(NamedTuple):
     w1: np.ndarray  # (C, F)
     w2: np.ndarray  # (F, C)
     hidden: np.ndarray  # (..., F), before the activation
-    active: np.ndarray  # (..., F), after it
+    active: np.ndarray  # (..., F), after it and after dropout
     activation: Activation
+    keep: np.ndarray | None  # (..., F), what dropout kept
+    rate: float
 
 
 @_quiet
@@ -235,17 +238,22 @@ def ffn_forward(
     b2: Real[np.ndarray, "C"],
     *,
     activation: Activation = "gelu",
+    keep: Bool[np.ndarray, "*batch F"] | None = None,
+    rate: float = 0.0,
 ) -> tuple[Float[np.ndarray, "*batch C"], FFNCache]:
     r"""Up to width F, through the activation, and down to width C.
 
     .. math:: h = x W_1 + b_1, \qquad a = \operatorname{act}(h), \qquad
               y = a W_2 + b_2
 
+    With ``keep``, a is dropped out: a ∘ keep/(1 - rate).
+
     Shapes: x ``(..., C)``, ``(B, N, C)`` as a rule; w1 ``(C, F)``, b1
-    ``(F,)``, w2 ``(F, C)``, b2 ``(C,)``; the result as x.
+    ``(F,)``, w2 ``(F, C)``, b2 ``(C,)``; keep ``(..., F)``; the result
+    as x.
 
     ValueError: shapes do not fit; ``activation`` is none of "gelu",
-    "gelu_tanh", "relu", "silu".
+    "gelu_tanh", "relu", "silu"; ``rate`` lies outside [0, 1).
 
     Source: Vaswani et al. 2017, eq. (2), with relu.
     """
@@ -253,8 +261,10 @@ def ffn_forward(
     act, _ = _activation(activation)
     hidden = x @ w1 + b1
     active = act(hidden)
+    if keep is not None:
+        active = dropout_forward(active, keep, rate)
     out = active @ w2 + b2
-    return out, FFNCache(x, w1, w2, hidden, active, activation)
+    return out, FFNCache(x, w1, w2, hidden, active, activation, keep, rate)
 
 
 @_quiet
@@ -305,11 +315,14 @@ def ffn_backward_cached(
 
     ValueError: dout has not x's shape.
     """
-    x, w1, w2, hidden, active, activation = cache
+    x, w1, w2, hidden, active, activation, keep, rate = cache
     dout = as_float("dout", dout)
     check_same_shape("dout", dout, "x", x)
     _, act_backward = _activation(activation)
-    dhidden = act_backward(dout @ w2.T, hidden)
+    dactive = dout @ w2.T
+    if keep is not None:
+        dactive = dropout_backward(dactive, keep, rate)
+    dhidden = act_backward(dactive, hidden)
     dx = dhidden @ w1.T
     grads = {
         "w1": _over_tokens(x, dhidden),

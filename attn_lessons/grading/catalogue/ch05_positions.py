@@ -883,7 +883,8 @@ def _outer(x, positions, base):
 def _in_halves(direction):
     def answer(x, positions, base=10000.0):
         angles = direction * _angles(x, positions, base)
-        return np.concatenate(_turn(*_halves(x), np.cos(angles), np.sin(angles)), axis=-1)
+        first, second = _halves(x)
+        return np.concatenate(_turn(first, second, np.cos(angles), np.sin(angles)), axis=-1)
 
     return answer
 
@@ -893,8 +894,8 @@ def _out_in_halves(direction):
 
     def answer(x, positions, base=10000.0):
         angles = direction * _angles(x, positions, base)
-        pairs = x[..., 0::2], x[..., 1::2]
-        return np.concatenate(_turn(*pairs, np.cos(angles), np.sin(angles)), axis=-1)
+        a, b = x[..., 0::2], x[..., 1::2]
+        return np.concatenate(_turn(a, b, np.cos(angles), np.sin(angles)), axis=-1)
 
     return answer
 
@@ -904,7 +905,8 @@ def _in_from_halves(direction):
 
     def answer(x, positions, base=10000.0):
         angles = direction * _angles(x, positions, base)
-        return _woven(*_turn(*_halves(x), np.cos(angles), np.sin(angles)))
+        first, second = _halves(x)
+        return _woven(*_turn(first, second, np.cos(angles), np.sin(angles)))
 
     return answer
 

@@ -15,6 +15,7 @@ from answers import (  # noqa: F401
     WRONG,
     ch01_softmax,
     ch02_gradient_checking,
+    ch03_attention,
     ch05_positions,
 )
 
@@ -88,6 +89,13 @@ def test_the_exercises_are_those_of_the_book():
         "directional_check",
         "first_wrong",
     ]
+    assert found["ch03_attention"] == [
+        "causal_mask",
+        "padding_mask",
+        "attention_forward",
+        "attention_backward",
+        "attention_backward_dropout",
+    ]
     assert found["ch05_positions"] == [
         "sinusoidal_positions",
         "learned_positions_backward",
@@ -157,6 +165,27 @@ def test_mistakes_named_in_the_list_of_exercises_are_there():
             "eps too small",
         ],
         "relative_error": ["division by zero", "nan ignored", "mean instead of max"],
+        "causal_mask": ["strictly lower", "upper", "top-left when n_q≠n_k"],
+        "attention_forward": [
+            "no 1/√d",
+            "1/√(H·d)",
+            "scaled after softmax",
+            "mask after softmax",
+            "multiplied instead of masked",
+            "NaN on a fully masked row",
+        ],
+        "attention_backward": [
+            "scale forgotten in dq or dk",
+            "probs not transposed for dv",
+            "row sum dropped",
+            "dk transposed",
+            "dq and dk swapped",
+        ],
+        "attention_backward_dropout": [
+            "mask not applied in backward",
+            "1/(1-rate) forgotten",
+            "dv from undropped probabilities",
+        ],
         "sinusoidal_positions": [
             "exponent 2i/d with i already doubled",
             "cos shifted",
@@ -347,7 +376,7 @@ SPOILED = {
     "an axis more": numeric(lambda v: v[None]),
     "flat": numeric(lambda v: v.ravel()),
     "1e-6 off": numeric(lambda v: v * (1 + 1e-6)),
-    "negated": numeric(lambda v: -v),
+    "negated": numeric(lambda v: ~v if v.dtype == bool else -v),
 }
 
 

@@ -16,6 +16,7 @@ from answers import (  # noqa: F401
     ch01_softmax,
     ch02_gradient_checking,
     ch03_attention,
+    ch04_multihead,
     ch05_positions,
 )
 
@@ -95,6 +96,14 @@ def test_the_exercises_are_those_of_the_book():
         "attention_forward",
         "attention_backward",
         "attention_backward_dropout",
+    ]
+    assert found["ch04_multihead"] == [
+        "split_heads",
+        "merge_heads",
+        "linear_backward",
+        "multihead_backward",
+        "cross_attention_backward",
+        "grouped_kv_backward",
     ]
     assert found["ch05_positions"] == [
         "sinusoidal_positions",
@@ -186,6 +195,18 @@ def test_mistakes_named_in_the_list_of_exercises_are_there():
             "1/(1-rate) forgotten",
             "dv from undropped probabilities",
         ],
+        "split_heads": ["reshape without transpose", "transposed wrong pair"],
+        "merge_heads": ["reshape without transpose", "transposed wrong pair"],
+        "linear_backward": ["db summed over batch only", "dw averaged", "w not transposed"],
+        "multihead_backward": [
+            "dx from one of q, k, v only",
+            "last instead of summed",
+            "scale by √C",
+            "merge order in dwo",
+            "bo forgotten",
+        ],
+        "cross_attention_backward": ["memory gradient from k only"],
+        "grouped_kv_backward": ["mean", "wrong interleaving: repeat taken as tile"],
         "sinusoidal_positions": [
             "exponent 2i/d with i already doubled",
             "cos shifted",
@@ -203,7 +224,7 @@ def test_every_draw_has_the_same_cases_on_fresh_numbers(exercise):
     one, other = draws_of(exercise, 5)
     assert [case.name for case in one] == [case.name for case in other]
     fresh = [a.args != b.args for a, b in zip(numbers(one), numbers(other), strict=True)]
-    fixed = {"uniform p", "nothing but zeros", "one class"}
+    fixed = {"uniform p", "nothing but zeros", "one class", "no tokens"}
     # A few small counts can only come again.
     fixed |= {case.name for case in one if not with_arrays(case)}
     assert {a.name for a, new in zip(one, fresh, strict=True) if not new} <= fixed
@@ -309,10 +330,7 @@ def test_a_mistake_gets_no_other_name(exercise, mistake):
 
 def in_float32(answer):
     def called(*args, **kwargs):
-        value = answer(*args, **kwargs)
-        parts = value if isinstance(value, tuple) else (value,)
-        single = tuple(np.asarray(part, dtype=np.float32) for part in parts)
-        return single if isinstance(value, tuple) else single[0]
+        return leafwise(lambda v: np.asarray(v, dtype=np.float32))(answer(*args, **kwargs))
 
     return called
 
@@ -322,6 +340,14 @@ IN_SINGLE = (
     "softmax_jacobian",
     "softmax_backward",
     "cross_entropy",
+    "split_heads",
+    "merge_heads",
+    "linear_backward",
+    "multihead_backward",
+    "grouped_kv_backward",
+    "attention_forward",
+    "attention_backward",
+    "attention_backward_dropout",
     "sinusoidal_positions",
     "learned_positions_backward",
     "rope",
@@ -356,10 +382,108 @@ def test_an_unlisted_wrong_answer_is_described(exercise, answer):
     assert judged.mismatch.message
 
 
+def scaled_gradient_of_wk(factor):
+    reference = catalogue.find("multihead_backward").reference
+
+    def answer(*args):
+        dx, grads = reference(*args)
+        return dx, grads | {"wk": factor * grads["wk"]}
+
+    return answer
+
+
+def blurred_probabilities(*args):
+    """Multi-head attention of logits that are too small by an odd factor."""
+    dout, x, wq, wk, wv, wo, bq, *rest = args
+    return catalogue.find("multihead_backward").reference(
+        dout, x, 0.7 * wq, wk, wv, wo, 0.7 * bq, *rest
+    )
+
+
+@pytest.mark.parametrize(
+    ("answer", "fact"),
+    [
+        (
+            scaled_gradient_of_wk(0.37),
+            "probs, merged and dv are right; dlogits is right, as grads['wq'] shows: grads['wk'] "
+            "goes wrong after it",
+        ),
+        (
+            blurred_probabilities,
+            "first wrong on the way: solved from grads['wo'], probs is off, or the step from it "
+            "to grads['wo'] is",
+        ),
+    ],
+)
+def test_multihead_backward_names_its_first_wrong_intermediate(answer, fact):
+    judged = verdict(catalogue.find("multihead_backward"), answer, 41)
+    assert judged.diagnosis.mistake is None
+    assert judged.diagnosis.observations[0] == fact
+
+
+def attention_of_wide_heads(q, k, v, mask=None):
+    """The model's width in the scale, and a finite sentinel: two mistakes at once."""
+    wide = q * q.shape[1] ** -0.5
+    blind = 0 if mask is None else ~np.broadcast_to(mask, (*q.shape[:3], k.shape[2]))
+    probs = catalogue.find("attention_forward").reference(wide, k, v, mask)[1]
+    probs = np.where(np.all(blind, axis=-1, keepdims=True), 1 / k.shape[2], probs)
+    return probs @ v, probs
+
+
+def half_the_row_sum(dout, q, k, v, probs):
+    right = catalogue.find("attention_backward").reference
+    half = probs / 2
+    dq, dk, dv = (
+        a + b for a, b in zip(right(dout, q, k, v, probs), right(dout, q, k, v, half), strict=True)
+    )
+    return dq, dk, dv * 2 / 3
+
+
+def third_of_dk_through_dropout(*args):
+    dq, dk, dv = catalogue.find("attention_backward_dropout").reference(*args)
+    return dq, dk / 3, dv
+
+
+@pytest.mark.parametrize(
+    ("exercise", "answer", "facts"),
+    [
+        (
+            "attention_forward",
+            attention_of_wide_heads,
+            [
+                "first wrong on the way: solved from probs, logits (less each row's mean) is off, "
+                "or the step from it to probs is",
+                "logits (less each row's mean) is 1/sqrt(q.shape[-3]) times what it should be "
+                "(0.5774 in the case “several heads”)",
+            ],
+        ),
+        (
+            "attention_backward",
+            half_the_row_sum,
+            ["first wrong on the way: dq and dk were made of the same wrong dlogits"],
+        ),
+        (
+            "attention_backward_dropout",
+            third_of_dk_through_dropout,
+            [
+                "the weights that dv was made with is right; dlogits is right, as dq shows: dk "
+                "goes wrong after it"
+            ],
+        ),
+    ],
+)
+def test_attention_names_its_first_wrong_intermediate(exercise, answer, facts):
+    judged = verdict(catalogue.find(exercise), answer, 41)
+    assert judged.diagnosis.mistake is None
+    assert list(judged.diagnosis.observations[: len(facts)]) == facts
+
+
 def leafwise(change):
     def changed(value):
         if isinstance(value, tuple):
             return tuple(changed(part) for part in value)
+        if isinstance(value, dict):
+            return {name: changed(part) for name, part in value.items()}
         return change(value)
 
     return changed
@@ -401,12 +525,19 @@ def test_one_entry_off_by_a_millionth_fails(exercise):
 
     def answer(*args, **kwargs):
         value = exercise.reference(*args, **kwargs)
-        last = np.array(value[-1] if isinstance(value, tuple) else value, dtype=float)
+        last = value[-1] if isinstance(value, tuple) else value
+        if isinstance(last, dict):
+            name, last = next(iter(last.items()))
+            return (*value[:-1], value[-1] | {name: nudged(last)})
+        return (*value[:-1], nudged(last)) if isinstance(value, tuple) else nudged(last)
+
+    def nudged(last):
+        last = np.array(last, dtype=float)
         place = np.unravel_index(
             np.abs(np.nan_to_num(last, posinf=0, neginf=0)).argmax(), last.shape
         )
         last[place] *= 1 + 2e-6
-        return (*value[:-1], last) if isinstance(value, tuple) else last
+        return last
 
     assert verdict(exercise, answer, 61).status == "failed"
 

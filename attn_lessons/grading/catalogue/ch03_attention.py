@@ -778,6 +778,21 @@ def _zero_out_uniform(q, k, v, mask=None):
     return np.nan_to_num(probs) @ v, probs
 
 
+# Logarithms of smaller weights say little about the logits.
+FAINT = 1e-9
+
+
+def _centred(z: Array) -> Array:
+    """A softmax forgets what is added to a whole row."""
+    return z - z.mean(axis=-1, keepdims=True)
+
+
+@quiet
+def _solved_logits(probs: Array, mask: Array | None) -> Array | None:
+    usable = mask is None and probs.size and np.isfinite(probs).all() and probs.min() > FAINT
+    return _centred(np.log(np.asarray(probs, float))) if usable else None
+
+
 SENTINELS = (-1e4, -1e6, -1e8, -1e9, -1e10, -1e15, -1e20, -1e30)
 
 ATTENTION_FORWARD = Exercise(
@@ -790,6 +805,18 @@ ATTENTION_FORWARD = Exercise(
     oracle=_forward_by_pairs,
     cases=_forward_cases,
     tokens=("probs",),
+    intermediates=(
+        Intermediate(
+            "logits (less each row's mean)",
+            lambda q, k, v, mask, **_: _centred(_dots(q, k) / _root(q, k, v)),
+            {"probs": lambda probs, q, k, v, mask, **_: _solved_logits(probs, mask)},
+        ),
+        Intermediate(
+            "the weight matrix in out",
+            lambda q, k, v, mask, **_: _forward_by_pairs(q, k, v, mask)[1],
+            {"out": lambda out, q, k, v, mask, **_: left_factor(out, v)},
+        ),
+    ),
     mistakes=(
         *named(
             "no 1/√d",
@@ -1079,7 +1106,7 @@ ATTENTION_BACKWARD = Exercise(
             },
         ),
         Intermediate(
-            "the weights that dv was made with",
+            "the weight matrix in dv",
             lambda dout, q, k, v, probs, **_: probs,
             {"dv": lambda dv, dout, q, k, v, probs, **_: _solved_weights(dv, dout)},
         ),
@@ -1276,7 +1303,7 @@ ATTENTION_BACKWARD_DROPOUT = Exercise(
     tokens=("dq", "dk", "dv"),
     intermediates=(
         Intermediate(
-            "the weights that dv was made with",
+            "the weight matrix in dv",
             lambda dout, q, k, v, probs, keep, rate, **_: probs * keep / (1 - rate),
             {"dv": lambda dv, dout, q, k, v, probs, keep, rate, **_: _solved_weights(dv, dout)},
         ),

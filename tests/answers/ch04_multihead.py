@@ -59,6 +59,11 @@ def split_by_one_hot(x, n_heads):
     return np.einsum("bnc,chd->bhnd", x, take)
 
 
+@right("split_heads")
+def split_width_inferred(x, n_heads):
+    return x.reshape(len(x), x.shape[1], n_heads, -1).swapaxes(1, 2)
+
+
 @mutating("split_heads")
 def split_clears_its_input(x, n_heads):
     out = split_plain(x, n_heads).copy()
@@ -131,6 +136,11 @@ def merge_einsum(x):
 @right("merge_heads")
 def merge_moved(x):
     return np.concatenate(tuple(np.moveaxis(x, 1, 0)), axis=2)
+
+
+@right("merge_heads")
+def merge_width_inferred(x):
+    return x.swapaxes(1, 2).reshape(len(x), x.shape[2], -1)
 
 
 @mutating("merge_heads")

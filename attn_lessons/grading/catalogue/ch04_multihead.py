@@ -59,7 +59,6 @@ def _split_cases(rng: Rng) -> list[Case]:
         Case("one head", call(3, 5, 1, 4), hint="One head owns all columns: only an axis is new."),
         Case("heads of width 1", call(2, 3, 5, 1), hint="Every column is a head of its own."),
         Case("one token", call(3, 1, 2, 4), hint="N = 1: decoding takes one token at a time."),
-        Case("no tokens", call(2, 0, 3, 4), hint="N = 0: an empty result of the right shape."),
         Case(
             "not contiguous in memory", (scattered(x), h), hint="The same numbers, laid out anew."
         ),
@@ -87,7 +86,6 @@ def _merge_cases(rng: Rng) -> list[Case]:
         Case("one head", call(3, 1, 5, 4), hint="One head: only an axis goes."),
         Case("heads of width 1", call(2, 5, 3, 1), hint="Every head is one column."),
         Case("one token", call(3, 2, 1, 4), hint="N = 1: decoding takes one token at a time."),
-        Case("no tokens", call(2, 3, 0, 4), hint="N = 0: an empty result of the right shape."),
         Case(
             "heads split from a row",
             (library.split_heads(rng.normal(size=(2, 5, 12)), 3),),

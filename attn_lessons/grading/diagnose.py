@@ -23,6 +23,7 @@ from attn_lessons.grading.records import Diagnosis, Returned
 LOOSENESS = 1e4
 NEARER = 1e-2
 ROUNDING = 1e-12
+NOTHING = 1e-13  # of the largest array returned: what is smaller is 0 but for rounding
 
 Draws = Sequence[Sequence[Case]]
 Results = Sequence[Sequence[Returned]]
@@ -95,9 +96,25 @@ def _gap(
     if pairs is None:
         return None
     truth = {leaf.name: leaf for leaf in _leaves(got, want, exercise) or ()}
-    gaps = [_leaf_gap(leaf, truth.get(leaf.name), exercise, case) for leaf in pairs]
+    arrays = [leaf for leaf in pairs if isinstance(leaf.want, np.ndarray)]
+    # The gradient of a key's bias is 0 on paper and rounding in each answer's own way.
+    nothing = NOTHING * max((compare.largest(leaf.want) for leaf in arrays), default=0.0)
+    gaps = [
+        0.0 if _vanishes(leaf, nothing) else _leaf_gap(leaf, truth.get(leaf.name), exercise, case)
+        for leaf in pairs
+    ]
     known = [gap for gap in gaps if gap is not None]
     return max(known, default=0.0) if len(known) == len(gaps) else None
+
+
+def _vanishes(leaf: compare.Leaf, nothing: float) -> bool:
+    if not isinstance(leaf.want, np.ndarray) or not compare.alike(leaf):
+        return False
+    both = (leaf.got, leaf.want)
+    finite = all(np.isfinite(values).all() for values in both if values.dtype.kind in "fc")
+    return (
+        finite and all(0 <= compare.largest(values) <= nothing for values in both) and nothing > 0
+    )
 
 
 def _leaves(got: Returned, other: Returned, exercise: Exercise) -> list[compare.Leaf] | None:

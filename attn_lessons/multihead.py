@@ -187,7 +187,8 @@ def linear_backward(
     """
     x, w = _linear_inputs(x, w)
     dy = as_float("dy", dy)
-    check_shape("dy", dy, (*x.shape[:-1], w.shape[1]), f"to match x {x.shape} and w {w.shape}")
+    why = f"to match x {x.shape} and w {w.shape}"
+    check_shape("dy", dy, (*x.shape[:-1], w.shape[1]), why)
     x_rows, dy_rows = _rows(x), _rows(dy)
     dx = (dy_rows @ w.T).reshape(x.shape)
     dw = _taking_part(x_rows, dy_rows).T @ dy_rows
@@ -368,11 +369,14 @@ def cross_attention_forward(
     q = split_heads(linear_forward(x, wq, bq), n_heads)
     k = split_heads(linear_forward(memory, wk, bk), n_kv_heads)
     v = split_heads(linear_forward(memory, wv, bv), n_kv_heads)
-    k_rep, v_rep = grouped_kv_forward(k, n_heads), grouped_kv_forward(v, n_heads)
-    heads, probs = attention_forward(q, k_rep, v_rep, mask, bias=bias, keep=keep, rate=rate)
+    k_rep = grouped_kv_forward(k, n_heads)
+    v_rep = grouped_kv_forward(v, n_heads)
+    options: Any = {"bias": bias, "keep": keep, "rate": rate}
+    heads, probs = attention_forward(q, k_rep, v_rep, mask, **options)
     merged = merge_heads(heads)
     out = linear_forward(merged, wo, bo)
-    return out, _cached(x, memory, params, q, k, v, probs, merged, bias, keep, rate)
+    cache = _cached(x, memory, params, q, k, v, probs, merged, **options)
+    return out, cache
 
 
 @_quiet
@@ -400,7 +404,8 @@ def cross_attention_backward_cached(
 
     dmerged, dwo, dbo = linear_backward(dout, merged, p["wo"])
     dheads = split_heads(dmerged, n_heads)
-    k_rep, v_rep = grouped_kv_forward(k, n_heads), grouped_kv_forward(v, n_heads)
+    k_rep = grouped_kv_forward(k, n_heads)
+    v_rep = grouped_kv_forward(v, n_heads)
     dq, dk_rep, dv_rep, *dbias = attention_backward(
         dheads, q, k_rep, v_rep, probs, bias=bias, keep=keep, rate=rate
     )

@@ -515,6 +515,16 @@ def test_what_no_query_may_see_may_hold_anything(case, rng, bad):
     assert (got[5][hidden] == 0).all()
 
 
+def test_a_key_behind_a_bias_of_minus_infinity_may_hold_anything():
+    case = sized(np.random.default_rng(19))
+    case["bias"] = np.where(np.arange(5) == 2, -INF, 0.0)
+    clean, case["k"] = by_hand(case), np.array(case["k"])
+    for bad in (NAN, INF):
+        case["k"][:, :, 2] = bad
+        for a, b in zip(by_hand(case), clean, strict=True):
+            np.testing.assert_allclose(a, b, rtol=1e-12, atol=1e-13)
+
+
 def test_what_some_queries_see_reaches_them_alone():
     """Key 2 is NaN and causal: rows 0 and 1 come before it."""
     rng = np.random.default_rng(6)

@@ -1,4 +1,4 @@
-"""Scalar test functions that travel as plain data: a kind, and the arrays it needs."""
+"""Test functions that travel as plain data: a kind, and the arrays it needs."""
 
 from __future__ import annotations
 
@@ -44,6 +44,11 @@ def _logsumexp(x: np.ndarray, p: Params) -> Any:
     return np.log(np.sum(np.exp(p["weight"] * x)))
 
 
+def _layer(dout: np.ndarray, p: Params) -> Any:
+    """A sublayer's backward pass, ``(slope * dout) @ matrix``: an array of the argument's shape."""
+    return (p["slope"] * dout) @ p["matrix"]
+
+
 KINDS: Mapping[str, Callable[[np.ndarray, Params], Any]] = {
     "linear": _linear,
     "quadratic": _quadratic,
@@ -51,6 +56,7 @@ KINDS: Mapping[str, Callable[[np.ndarray, Params], Any]] = {
     "sine": _sine,
     "corner": _corner,
     "logsumexp": _logsumexp,
+    "layer": _layer,
 }
 
 # Which parameter of a kind has the argument's shape.
@@ -61,16 +67,17 @@ SHAPED_LIKE: Mapping[str, str] = {
     "sine": "height",
     "corner": "slope",
     "logsumexp": "weight",
+    "layer": "slope",
 }
 
 
 @dataclass(frozen=True, eq=False)
 class Probe:
-    """A function of one array with a scalar value, for gradients to be taken of.
+    """A function of one array, for gradients to be taken of, or one that takes a gradient back.
 
     ``kind`` is a key of ``KINDS``; ``params`` holds the arrays that this kind reads, one of them
     with the shape that the argument must have. Real, extended-precision and complex arguments are
-    all taken, and the value has their precision.
+    all taken, and the value has their precision. It is a number, but for "layer".
     """
 
     kind: str
@@ -93,7 +100,7 @@ class Probe:
         # One memory order for all, so that sums round the same however x lies in memory.
         x = np.asarray(x, order="C")
         if x.shape != self.shape:
-            raise ValueError(f"f takes an array of shape {self.shape}; it was given {x.shape}")
+            raise ValueError(f"it takes an array of shape {self.shape}; it was given {x.shape}")
         return KINDS[self.kind](x, self.params)
 
     def __eq__(self, other: object) -> bool:

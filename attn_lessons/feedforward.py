@@ -480,9 +480,12 @@ def _polynomial(coefficients, u):
 def _tanh_gate(x):
     near = np.clip(x, -FAR, FAR)
     root = (2 / np.pi) ** 0.5
-    u = root * (near + 0.044715 * near**3)
-    slope = root * (1 + 3 * 0.044715 * near**2)
-    return _sigmoid(2 * u), 2 * near * _sigmoid(2 * u) * _sigmoid(-2 * u) * slope
+    square = near * near  # near**3 would take ten times as long in float32
+    u = root * near * (1 + 0.044715 * square)
+    slope = root * (1 + 3 * 0.044715 * square)
+    small = np.exp(-2 * abs(u))
+    value = np.where(u < 0, small, 1) / (1 + small)
+    return value, 2 * near * slope * small / (1 + small) ** 2
 
 
 def _logistic(x):

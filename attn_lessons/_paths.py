@@ -1,9 +1,11 @@
-"""Where the project's notebooks lie: in a checkout, or inside an installed wheel."""
+"""Where the project's files lie: in a checkout, or inside an installed wheel."""
 
 from __future__ import annotations
 
+import json
 import os
 from pathlib import Path
+from typing import Any
 
 PACKAGE = Path(__file__).resolve().parent
 
@@ -29,6 +31,15 @@ def exercises_dir() -> Path:
 def solutions_dir() -> Path:
     """The notebooks that authors edit."""
     return project_root() / "solutions"
+
+
+def measured(name: str) -> Any:
+    """What ``benchmarks/NAME.py`` measured last: ``benchmarks/results/NAME.json``, as stored.
+
+    FileNotFoundError: it was never run.
+    """
+    path = project_root() / "benchmarks" / "results" / f"{name}.json"
+    return json.loads(path.read_text(encoding="utf-8"))
 
 
 def state_dir() -> Path:

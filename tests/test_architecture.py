@@ -186,7 +186,12 @@ def test_the_wheel_carries_exercises_and_book(wheel: Path) -> None:
     with zipfile.ZipFile(wheel) as archive:
         names = set(archive.namelist())
     carried = {name.partition("_project/")[2] for name in names if "_project/" in name}
-    for folder, pattern in (("exercises", "ch*.ipynb"), ("book", "*.md"), ("book", "_toc.yml")):
+    wanted_in = {
+        "exercises": "ch*.ipynb",
+        "book": "*.*",
+        "benchmarks/results": "*.json",
+    }
+    for folder, pattern in wanted_in.items():
         wanted = {f"{folder}/{path.name}" for path in (ROOT / folder).glob(pattern)}
         assert wanted
         assert wanted <= carried

@@ -117,9 +117,15 @@ def weighted_sum(
 
     Rows of ``values`` that are not finite reach only the sums that give them weight.
     """
+    with np.errstate(invalid="ignore"):
+        total = weights @ values
+    # 0 * NaN and 0 * inf are NaN: what is not finite shows in the total, which is shorter than
+    # the values where one query reads many.
+    if np.isfinite(total).all():
+        return total
     finite = np.isfinite(values).all(axis=-1)
     if finite.all():
-        return weights @ values
+        return total
     total = weights @ np.where(finite[..., None], values, 0)
     for j in np.flatnonzero(~finite.reshape(-1, finite.shape[-1]).all(axis=0)):
         weight, value = weights[..., j, None], values[..., j, None, :]

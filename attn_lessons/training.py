@@ -162,17 +162,26 @@ def norm_by_layer(grads: Mapping[str, np.ndarray]) -> dict[str, float]:
 
 
 def divergence(
-    records: Sequence[Record], *, window: int = 50, spike: float = 30.0, rise: float = 1.5
+    records: Sequence[Record],
+    *,
+    window: int = 50,
+    spike: float = 30.0,
+    rise: float = 1.5,
+    share: float = 0.25,
 ) -> str | None:
     """What the last step says about a run that is going wrong, or None.
 
     - The loss is not finite.
     - Three gradients in a row were not finite.
-    - The gradient is ``spike`` times as long as the median of the last ``window`` steps.
-    - The mean loss of the last ten steps is ``rise`` times the lowest such mean before.
+    - The gradient is ``spike`` times as long as the median of the last ``window`` steps, and longer
+      than any before.
+    - The mean loss of the last ten steps is ``rise`` times the lowest such mean before, and of what
+      had been learnt by then, a ``share`` is lost.
 
     A single gradient that is not finite is skipped and forgiven. Nothing is said of the length or
-    the rise in the first ten steps, when all is in motion.
+    the rise in the first ten steps, when all is in motion. Where nearly everything is learnt, one
+    batch's loss is a multiple of another's and its gradient too, and nothing is wrong: for that are
+    the second halves of both.
     """
     if not records:
         return None
@@ -183,7 +192,7 @@ def divergence(
         return (
             f"step {last.step}: the gradient is {last.norm}, the third in a row that is not finite"
         )
-    return _spiked(records, window, spike) or _risen(records, rise)
+    return _spiked(records, window, spike) or _risen(records, rise, share)
 
 
 def _spiked(records: Sequence[Record], window: int, spike: float) -> str | None:
@@ -191,7 +200,8 @@ def _spiked(records: Sequence[Record], window: int, spike: float) -> str | None:
     if last.skipped or len(before) < 10:
         return None
     usual = float(np.median(before))
-    if not last.norm > spike * usual:
+    longest = max(r.norm for r in records[:-1] if not r.skipped)
+    if not last.norm > max(spike * usual, longest):
         return None
     times = f"{last.norm / usual:.3g} times " if usual > 0 else ""
     return (
@@ -200,13 +210,15 @@ def _spiked(records: Sequence[Record], window: int, spike: float) -> str | None:
     )
 
 
-def _risen(records: Sequence[Record], rise: float) -> str | None:
+def _risen(records: Sequence[Record], rise: float, share: float) -> str | None:
     losses = [r.loss for r in records]
     if len(losses) < 20:
         return None
     means = np.convolve(losses, np.full(10, 0.1), "valid")
     lowest = int(means[:-1].argmin())
     if not means[-1] > rise * means[lowest] > 0:
+        return None
+    if means[-1] - means[lowest] < share * (means[0] - means[lowest]):
         return None
     return (
         f"step {records[-1].step}: the loss, {means[-1]:.3g} over ten steps, is "

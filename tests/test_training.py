@@ -216,6 +216,24 @@ def test_a_run_that_goes_well_is_left_alone():
     assert all(divergence(records[:n]) is None for n in range(301))
 
 
+def test_noise_around_a_small_loss_is_no_divergence():
+    """A classifier that has learnt its digits: most batches cost nothing, some cost a lot."""
+    rng = np.random.default_rng(1)
+    trend = 2.3 * np.exp(-np.arange(400) / 40) + 0.02
+    losses, norms = trend * rng.lognormal(0, 0.7, 400), trend * rng.lognormal(0, 0.7, 400)
+    norms[300] = 40 * np.median(norms[250:300])
+    assert norms[300] < norms[:300].max()
+    records = run(losses, norms)
+    assert all(divergence(records[:n]) is None for n in range(401))
+    assert any(divergence(records[:n], share=0) for n in range(401))
+    # What counts is how much is lost of what was learnt, from wherever the loss began.
+    lost = run([2.3] * 10 + [0.02] * 20 + [0.6] * 10)
+    assert divergence(lost[:35]) is None
+    assert divergence(lost) == (
+        "step 40: the loss, 0.6 over ten steps, is 30 times its lowest, 0.02 at step 20"
+    )
+
+
 def test_what_is_seen_is_said():
     assert divergence(run([2.0, np.nan])) == "step 2: the loss is nan"
     three = run([1.0] * 5, [1, 1, np.inf, np.inf, np.inf], {2, 3, 4})

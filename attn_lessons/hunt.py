@@ -192,7 +192,7 @@ def block_2_backward(
         steps.append((x, attn, a, feed))
         x = a + fed
 
-    grads: Gradients = {}
+    grads: dict[str, np.ndarray] = {}
     dx = dout
     for x, attn, a, feed in reversed(steps):
         dnormed, dfeed = ffn_backward_cached(dx, feed)

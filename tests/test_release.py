@@ -5,9 +5,11 @@ import os
 from pathlib import Path
 
 import nbformat
+import numpy as np
 import project
 import pytest
 
+from attn_lessons import hunt
 from attn_lessons.grading import release
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -63,6 +65,132 @@ def test_a_stub_says_what_to_write_and_compiles():
     assert "return y" not in made
     assert "'''Doc.'''" in made
     assert "NotImplementedError" in made
+
+
+BROKEN = "attn_lessons.hunt:block_4_backward"
+MENDED = (
+    'def hunt(dout, x, params, n_heads, mask=None):\n    """Mend it."""\n'
+    "    # solution\n    return mended\n    # end solution"
+)
+
+
+def test_a_function_s_body_can_stand_where_the_solution_was():
+    made = release.stub(MENDED, "hunt", release.body_of(BROKEN))
+    compile(made, "hunt", "exec")
+    assert made.startswith('def hunt(dout, x, params, n_heads, mask=None):\n    """Mend it."""\n')
+    assert "mended" not in made
+    assert "with one mistake" not in made, "its docstring is not its body"
+    arguments = hunt.example(4)
+    namespace = dict(vars(hunt))
+    exec(made, namespace)
+    for got, want in zip(
+        namespace["hunt"](**arguments)[1].values(),
+        hunt.block_4_backward(**arguments)[1].values(),
+        strict=True,
+    ):
+        assert np.array_equal(got, want)
+
+
+def commented(x):
+    """Of two lines,
+
+    and a third.
+    """
+    # Why it is done.
+    if x:
+        return x
+
+    return None
+
+
+def bare(x):
+    return x
+
+
+def nothing(x):
+    """Nothing below."""
+
+
+def test_a_body_keeps_its_comments_and_blank_lines():
+    vars(release)["commented"] = commented
+    try:
+        body = release.body_of("attn_lessons.grading.release:commented")
+    finally:
+        del vars(release)["commented"]
+    assert body == "# Why it is done.\nif x:\n    return x\n\nreturn None"
+
+
+@pytest.mark.parametrize(
+    ("place", "told"),
+    [
+        ("attn_lessons.hunt", "expected module:function"),
+        ("attn_lessons.nowhere:f", "No module named 'attn_lessons.nowhere'"),
+        ("attn_lessons.hunt:block_7_backward", "has no attribute 'block_7_backward'"),
+        ("attn_lessons.hunt:ALPHA", "of a function written in Python"),
+        ("attn_lessons.grading.release:ReleaseError", "is no function"),
+        ("math:sqrt", "of a function written in Python"),
+        ("attn_lessons.grading.release:nothing", "has no docstring with something below it"),
+        ("attn_lessons.grading.release:bare", "has no docstring with something below it"),
+    ],
+)
+def test_a_place_without_a_body_is_told(place, told):
+    vars(release).update(nothing=nothing, bare=bare)
+    try:
+        with pytest.raises(ValueError, match=told) as caught:
+            release.body_of(place)
+    finally:
+        del vars(release)["nothing"], vars(release)["bare"]
+    assert place in str(caught.value)
+
+
+def stubbed(place, source):
+    def change(data):
+        cell = project.cell_of(data, "softmax")
+        cell["metadata"]["attn"]["stub"] = place
+        cell["source"] = source
+
+    return change
+
+
+SOFTMAX = "attn_lessons.softmax:softmax"
+ANSWER = "def softmax({}):\n    # solution\n    return z\n    # end solution"
+
+
+def test_a_stub_from_the_library_is_released_without_its_place(root):
+    path = root / "solutions" / f"{project.NAME}.ipynb"
+    data = json.loads(path.read_text())
+    stubbed(SOFTMAX, ANSWER.format("z, axis=-1"))(data)
+    path.write_text(json.dumps(data))
+    release.release(root / "solutions", root / "exercises")
+    released = json.loads((root / "exercises" / f"{project.NAME}.ipynb").read_text())
+    cell = project.cell_of(released, "softmax")
+    assert cell["metadata"]["attn"] == {"role": "answer", "exercise": "softmax", "points": 2}
+    source = "".join(cell["source"])
+    assert source.startswith("def softmax(z, axis=-1):\n    ")
+    assert "NotImplementedError" not in source
+    assert release.body_of(SOFTMAX).splitlines()[-1] in source
+
+
+@pytest.mark.parametrize(
+    ("place", "source", "told"),
+    [
+        ("attn_lessons.softmax:hardmax", ANSWER.format("z, axis=-1"), "no attribute 'hardmax'"),
+        (
+            SOFTMAX,
+            ANSWER.format("x, axis=-1"),
+            "stub: 'attn_lessons.softmax:softmax' takes (z, axis), but 'softmax' (x, axis)",
+        ),
+        (
+            SOFTMAX,
+            ANSWER.format("z, axis=-1") + "\n    # solution\n    # end solution",
+            "needs one `# solution`",
+        ),
+    ],
+)
+def test_a_faulty_stub_is_refused_in_one_line(root, place, source, told):
+    lines = again(root, stubbed(place, source))
+    assert [line for line in lines if told in line], lines
+    assert len(lines) == 1
 
 
 def test_the_same_bytes_every_time(root):

@@ -43,13 +43,16 @@ def _parameters(reference: Callable[..., Any]) -> tuple[str, ...]:
 def diagnose(exercise: Exercise, draws: Draws, returned: Results, wanted: Results) -> Diagnosis:
     """The named mistake of a wrong answer, or observations about it."""
     named = name_mistake(exercise, draws, returned, wanted)
-    if named is not None:
+    if named is not None and not named.observed:
         return Diagnosis(named.name, named.why, named.section)
     seen = relations.looks(exercise, draws, returned, wanted)
+    if named is not None:
+        facts = relations.observe(exercise, seen)
+        return Diagnosis(named.name, named.why, named.section, facts)
     if relations.only_mutated(seen):
         return _changes_input(returned)
-    facts = [*intermediates.first_wrong(exercise, seen), *relations.observe(exercise, seen)]
-    return Diagnosis(observations=tuple(facts[: relations.MOST]))
+    found = [*intermediates.first_wrong(exercise, seen), *relations.observe(exercise, seen)]
+    return Diagnosis(observations=tuple(found[: relations.MOST]))
 
 
 def name_mistake(

@@ -32,13 +32,15 @@ class Mistake:
     """A wrong answer with a name: ``answer`` computes exactly what it computes.
 
     ``why`` is one sentence on what is wrong with it, ``section`` the page and anchor of the book
-    that explains it (``"ch01_softmax.html#ch01-backward"``).
+    that explains it (``"ch01_softmax.html#ch01-backward"``). With ``observed``, what can be seen in
+    the numbers is told beside the name: for a name that does not say where to look.
     """
 
     name: str
     why: str
     section: str
     answer: Callable[..., Any]
+    observed: bool = False
 
 
 @dataclass(frozen=True)
@@ -66,7 +68,8 @@ class Exercise:
     ``returns`` names what is returned, one name for each element of a returned tuple.
     ``tokens`` names those returned arrays whose last two axes are laid out so that a picture of
     the error over them says something. ``intermediates`` are in the order in which a right answer
-    meets them, so that the first wrong one can be named.
+    meets them, so that the first wrong one can be named. ``order`` has the returned arrays' names
+    in the order in which a right answer computes them: of many wrong ones the first is described.
     """
 
     id: str
@@ -81,6 +84,7 @@ class Exercise:
     float32_allowed: bool = True
     tokens: tuple[str, ...] = ()
     intermediates: tuple[Intermediate, ...] = ()
+    order: tuple[str, ...] = ()
 
     @property
     def signature(self) -> str:

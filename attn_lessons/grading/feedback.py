@@ -72,8 +72,12 @@ def _reasons(diagnosis: Diagnosis | None) -> list[str]:
     if diagnosis.mistake:
         book = f" Book: {diagnosis.section}" if diagnosis.section else ""
         named = f"Mistake: {diagnosis.mistake}. {_sentence(diagnosis.why)}{book}"
-        return _wrapped(named, lines=4)
-    return [row for fact in diagnosis.observations[:3] for row in _wrapped(f"Seen: {fact}")[:2]]
+        return [*_wrapped(named, lines=4), *_seen(diagnosis.observations[:2])]
+    return _seen(diagnosis.observations[:3])
+
+
+def _seen(facts: Sequence[str]) -> list[str]:
+    return [row for fact in facts for row in _wrapped(f"Seen: {fact}", lines=2)]
 
 
 def _first_failure(fault: Mismatch) -> list[str]:
@@ -168,20 +172,21 @@ def _reasons_html(diagnosis: Diagnosis | None, fault: Mismatch) -> str:
     if diagnosis.mistake:
         return (
             f"<div style='margin:.3em 0'><strong>{escape(_capital(diagnosis.mistake))}.</strong> "
-            f"{escape(_sentence(diagnosis.why))} {_link(diagnosis.section)}</div>"
+            f"{escape(_sentence(diagnosis.why))} {_link(diagnosis.section)}"
+            f"{_listed_html(diagnosis.observations)}</div>"
         )
     numeric = fault.kind in ("values", "nonfinite", "shape")
     if not diagnosis.observations:
         unknown = "None of the known mistakes gives these numbers."
         return f"<div style='margin:.3em 0'>{unknown}</div>" if numeric else ""
-    items = (escape(_sentence(fact)) for fact in diagnosis.observations)
-    facts = "".join(f"<li>{item}</li>" for item in items)
     known = "None of the known mistakes gives these numbers. What can be seen in them:"
     intro = known if numeric else "What can be seen:"
-    return (
-        f"<div style='margin:.3em 0'>{intro}"
-        f"<ul style='margin:.2em 0 .2em 1.2em;padding:0'>{facts}</ul></div>"
-    )
+    return f"<div style='margin:.3em 0'>{intro}{_listed_html(diagnosis.observations)}</div>"
+
+
+def _listed_html(facts: Sequence[str]) -> str:
+    items = "".join(f"<li>{escape(_sentence(fact))}</li>" for fact in facts)
+    return f"<ul style='margin:.2em 0 .2em 1.2em;padding:0'>{items}</ul>" if facts else ""
 
 
 def _link(section: str) -> str:

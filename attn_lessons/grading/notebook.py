@@ -33,6 +33,7 @@ class Cell:
     role: str = ""
     exercise: str = ""
     points: int = 0
+    stub: str = ""
 
 
 @dataclass(frozen=True)
@@ -316,6 +317,7 @@ def _cell(data: dict[str, Any]) -> Cell:
         role=_text(attn.get("role")),
         exercise=_text(attn.get("exercise")),
         points=points if type(points) is int else 0,
+        stub=_text(attn.get("stub")),
     )
 
 

@@ -119,10 +119,29 @@ def _outputs(exercise: Exercise, seen: Sequence[Look], failing: Sequence[Look]) 
     right = [name for name in names if name not in wrong]
     if right and wrong and all(look.values for look in seen if look.got.error is None):
         verb = "is" if len(right) == 1 else "are"
-        yield f"{listed(right)} {verb} right in every case, only {listed(wrong)} not"
+        yield (
+            f"{listed(_in_parts(right, names))} {verb} right in every case, "
+            f"only {listed(_in_parts(wrong, names))} not"
+        )
+    if len(wrong) > 1 and set(wrong) <= set(exercise.order):
+        wrong = sorted(wrong, key=exercise.order.index)[:1]
+        yield f"the first wrong one on the way back is {wrong[0]}"
     if not swapped:
         for name in wrong:
             yield from about(name, exercise, paired)
+
+
+def _in_parts(chosen: Sequence[str], names: Sequence[str]) -> list[str]:
+    """The names, those of a part that was chosen whole as one: ``grads['ffn.w1']`` … as ffn."""
+
+    def part(name: str) -> str:
+        found = re.fullmatch(r"\w+\['([^']+)\.\w+'\]", name)
+        return found[1] if found else name
+
+    def whole(name: str) -> bool:
+        return all(other in chosen for other in names if part(other) == part(name))
+
+    return list(dict.fromkeys(part(name) if whole(name) else name for name in chosen))
 
 
 def _is_wrong(exercise: Exercise, look: Look, name: str) -> bool:

@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+import ast
 import copy
+import importlib
+import inspect
 import json
 import os
 import re
 import tempfile
+import textwrap
 from collections import Counter
 from collections.abc import Iterator
 from pathlib import Path
@@ -102,19 +106,44 @@ def faults(parsed: notebook.Notebook) -> Iterator[str]:
             yield f"exercise {known.id!r} is in the catalogue but not in the notebook"
 
 
-def stub(source: str, exercise: str) -> str:
-    """``source`` with every marked solution replaced by a line that raises."""
+def stub(source: str, exercise: str, body: str | None = None) -> str:
+    """``source`` with every marked solution replaced by ``body``, else by a line that raises."""
+    body = f'raise NotImplementedError("write {exercise} here")' if body is None else body
     kept: list[str] = []
     inside = False
     for line in source.splitlines():
         if begin := BEGIN.match(line):
             inside = True
-            kept.append(f'{begin["indent"]}raise NotImplementedError("write {exercise} here")')
+            kept += textwrap.indent(body, begin["indent"]).splitlines()
         elif END.match(line):
             inside = False
         elif not inside:
             kept.append(line)
     return "\n".join(kept)
+
+
+def body_of(place: str) -> str:
+    """What stands below the docstring of the function at ``place``, ``"module:function"``.
+
+    An answer cell whose metadata has such a place as ``stub`` hands learners that body to mend.
+
+    ValueError: there is no such function.
+    """
+    module, _, name = place.partition(":")
+    try:
+        function = inspect.unwrap(getattr(importlib.import_module(module), name))
+        lines = textwrap.dedent(inspect.getsource(function)).splitlines()
+    except (ImportError, AttributeError, TypeError, ValueError, OSError) as error:
+        text = f"stub: expected module:function, of a function written in Python; got {place!r}"
+        raise ValueError(f"{text} ({error})") from None
+    (definition,) = ast.parse("\n".join(lines)).body
+    if not isinstance(definition, ast.FunctionDef):
+        raise ValueError(f"stub: {place!r} is no function")
+    documented = ast.get_docstring(definition) is not None
+    body = textwrap.dedent("\n".join(lines[definition.body[0].end_lineno :]))
+    if not documented or not body.strip():
+        raise ValueError(f"stub: {place!r} has no docstring with something below it")
+    return body.strip("\n")
 
 
 def write_whole(path: Path, text: str) -> None:
@@ -169,8 +198,32 @@ def _cell_faults(cell: notebook.Cell) -> Iterator[str]:
     yield from _marker_faults(cell.source)
     if cell.exercise not in notebook.defined_names(cell.source):
         yield f"the answer cell of {cell.exercise!r} does not define it"
+    if cell.stub:
+        yield from _stub_faults(cell)
     if cell.points != exercise.points:
         yield f"{cell.exercise!r} has {cell.points} points here, {exercise.points} in the catalogue"
+
+
+def _stub_faults(cell: notebook.Cell) -> Iterator[str]:
+    """What keeps a function's body from standing in for the marked solution."""
+    try:
+        made = stub(cell.source, cell.exercise, body_of(cell.stub))
+    except ValueError as error:
+        yield str(error)
+        return
+    if sum(bool(BEGIN.match(line)) for line in cell.source.splitlines()) != 1:
+        yield f"stub: {cell.stub!r} needs one `# solution`, whose place it takes"
+        return
+    module, _, name = cell.stub.partition(":")
+    given = list(inspect.signature(getattr(importlib.import_module(module), name)).parameters)
+    for node in ast.walk(ast.parse(made)):
+        if isinstance(node, ast.FunctionDef) and node.name == cell.exercise:
+            own = [a.arg for a in (*node.args.posonlyargs, *node.args.args, *node.args.kwonlyargs)]
+            if own != given:
+                yield (
+                    f"stub: {cell.stub!r} takes ({', '.join(given)}), but {cell.exercise!r} "
+                    f"({', '.join(own)})"
+                )
 
 
 def _marker_faults(source: str) -> Iterator[str]:
@@ -190,7 +243,8 @@ def _released(cell: dict[str, Any]) -> dict[str, Any]:
         cell |= {"outputs": [], "execution_count": None}
         cell["metadata"].pop("execution", None)
     if attn.get("role") == "answer":
-        text = stub(text, attn["exercise"])
+        place = attn.pop("stub", None)
+        text = stub(text, attn["exercise"], body_of(place) if place else None)
     cell["source"] = text.splitlines(keepends=True)
     return cell
 

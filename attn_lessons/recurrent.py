@@ -143,13 +143,15 @@ def rnn_forward(
     """
     x, h, wx, wh, b = _sequence_inputs(x, {"h0": h0}, wx, wh, b, 1)
     x, held = _without_padding(x, lengths)
-    zx = x @ wx + b
-    h_all = np.empty(zx.shape, np.result_type(zx, h, wh))
     h0 = h
-    for t in range(x.shape[1]):
-        h_next = np.tanh(zx[:, t] + h @ wh)
-        h = h_next if held is None else np.where(held[:, t, None], h, h_next)
-        h_all[:, t] = h
+    h_all = _all_steps(x, wx, b, h)  # z, until a step makes it h
+    for t, z in enumerate(h_all):
+        z += h @ wh
+        np.tanh(z, out=z)
+        if held is not None:
+            np.copyto(z, h, where=held[:, t, None])
+        h = z
+    h_all = h_all.swapaxes(0, 1)
     return h_all, _rnn_cached(x, h0, wx, wh, h_all, held)
 
 
@@ -188,19 +190,18 @@ def rnn_backward_cached(
     """
     x, h0, wx, wh, h_all, held = cache
     dh_all = _checked("dh_all", dh_all, h_all.shape, f"to match h_all {h_all.shape}")
-    dh = np.zeros_like(h0, np.result_type(dh_all, h_all))
-    dz = _one_minus_square(h_all)
+    dh = np.zeros(h0.shape, np.result_type(dh_all, h_all))
+    h_all = h_all.swapaxes(0, 1)
+    dz = _one_minus_square(h_all).astype(dh.dtype, copy=False)  # tanh′, until its step
     if held is not None:
-        dz[held] = 0
-    dz = dz.astype(dh.dtype, copy=False)
-    for t in reversed(range(x.shape[1])):
+        dz[held.T] = 0
+    for t in reversed(range(len(dz))):
         dh = dh + dh_all[:, t]
-        dz[:, t] *= dh
-        dh_before = dz[:, t] @ wh.T
-        dh = dh_before if held is None else np.where(held[:, t, None], dh, dh_before)
-        dh = np.zeros_like(dh) if _is_cut(t, truncate) else dh
-    h_before = np.concatenate([h0[:, None], h_all[:, :-1]], axis=1)[:, : x.shape[1]]
-    return dz @ wx.T, dh, _parameter_gradients(x, h_before, dz)
+        dz[t] *= dh
+        dh = _carried(dz[t] @ wh.T, dh, held, t)
+        if _is_cut(t, truncate):
+            dh = np.zeros_like(dh)
+    return _by_input(dz, wx), dh, _parameter_gradients(x, h0, h_all, dz)
 
 
 def rnn_backward(
@@ -387,23 +388,23 @@ def lstm_forward(
     of torch.nn.LSTM.
     """
     x, h, c, wx, wh, b = _sequence_inputs(x, {"h0": h0, "c0": c0}, wx, wh, b, 4)
-    h0, c0 = h, c
     x, held = _without_padding(x, lengths)
-    gates = np.asarray(x @ wx + b, np.result_type(x, h, c, wx, wh, b))
+    h0, c0 = h, c
+    gates = _all_steps(x, wx, b, h, c)  # z, until a step makes them gates
     c_all, tanh_c, h_all = np.empty((3, *gates.shape[:2], h.shape[1]), gates.dtype)
-    for t in range(x.shape[1]):
-        z = _activated(h @ wh + gates[:, t])
-        gates[:, t] = z
-        i, f, g, o = _split_gates(z)
-        c_next = f * c + i * g
-        tanh_c[:, t] = np.tanh(c_next)
-        h_next = o * tanh_c[:, t]
+    for t, z in enumerate(gates):
+        z += h @ wh
+        i, f, g, o = _split_gates(_activated(z))
+        np.add(f * c, i * g, out=c_all[t])
+        np.tanh(c_all[t], out=tanh_c[t])
+        np.multiply(o, tanh_c[t], out=h_all[t])
         if held is not None:
-            stays = held[:, t, None]
-            h_next, c_next = np.where(stays, h, h_next), np.where(stays, c, c_next)
-        h, c = h_next, c_next
-        c_all[:, t], h_all[:, t] = c, h
-    return h_all, c.copy(), _lstm_cached(x, h0, c0, wx, wh, gates, c_all, tanh_c, h_all, held)
+            np.copyto(h_all[t], h, where=held[:, t, None])
+            np.copyto(c_all[t], c, where=held[:, t, None])
+        h, c = h_all[t], c_all[t]
+    gates, c_all, tanh_c, h_all = (a.swapaxes(0, 1) for a in (gates, c_all, tanh_c, h_all))
+    cache = _lstm_cached(x, h0, c0, wx, wh, gates, c_all, tanh_c, h_all, held)
+    return h_all, c.astype(gates.dtype), cache
 
 
 @_quiet
@@ -445,21 +446,20 @@ def lstm_backward_cached(
     dc = np.zeros_like(c0) if dc_last is None else dc_last
     dc = _checked("dc_last", dc, c0.shape, f"to match c0 {c0.shape}")
     dtype = np.result_type(dh_all, dc, h_all)
-    forget, to_cell, dz = _local_slopes(cache, dtype)
+    forget, to_cell, dz = _local_slopes(cache, dtype)  # slopes, until their step
     dh, dc = np.zeros(h0.shape, dtype), dc.astype(dtype)
-    for t in reversed(range(x.shape[1])):
+    for t in reversed(range(len(dz))):
         dh = dh + dh_all[:, t]
-        dc = dc + dh * to_cell[:, t]
-        dz[:, t, :3] *= dc[:, None]
-        dz[:, t, 3] *= dh
-        dh_before = dz[:, t].reshape(len(dh), wh.shape[1]) @ wh.T
-        dh = dh_before if held is None else np.where(held[:, t, None], dh, dh_before)
-        dc = dc * forget[:, t]
+        dc = dc + dh * to_cell[t]
+        dz[t, :, :3] *= dc[:, None]
+        dz[t, :, 3] *= dh
+        dh = _carried(dz[t].reshape(len(dh), wh.shape[1]) @ wh.T, dh, held, t)
+        dc = dc * forget[t]
         if _is_cut(t, truncate):
             dh, dc = np.zeros_like(dh), np.zeros_like(dc)
     dz = dz.reshape(*dz.shape[:2], wx.shape[1])
-    h_before = np.concatenate([h0[:, None], h_all[:, :-1]], axis=1)[:, : x.shape[1]]
-    return dz @ wx.T, dh, dc, _parameter_gradients(x, h_before, dz)
+    grads = _parameter_gradients(x, h0, h_all.swapaxes(0, 1), dz)
+    return _by_input(dz, wx), dh, dc, grads
 
 
 def lstm_backward(
@@ -500,19 +500,22 @@ def lstm_backward(
 
 
 def _local_slopes(cache, dtype):
-    """What dc and dh are multiplied by at each step: forget gate, slope of h by c, slopes of z."""
-    b, n, h4 = cache.gates.shape
-    i, f, g, o = _split_gates(cache.gates)
-    c_before = np.concatenate([cache.c0[:, None], cache.c_all[:, :-1]], axis=1)[:, :n]
-    to_cell = o * _one_minus_square(cache.tanh_c)
-    slopes = np.empty((b, n, 4, h4 // 4), dtype)
+    """What dc and dh are multiplied by at each step: forget gate, slope of h by c, slopes of z.
+
+    Time first: ``(T, B, H)`` twice and ``(T, B, 4, H)``.
+    """
+    gates, c_all, tanh_c = (a.swapaxes(0, 1) for a in (cache.gates, cache.c_all, cache.tanh_c))
+    i, f, g, o = _split_gates(gates)
+    to_cell = o * _one_minus_square(tanh_c)
+    slopes = np.empty((*c_all.shape[:2], 4, c_all.shape[2]), dtype)
     slopes[:, :, 0] = g * i * (1 - i)
-    slopes[:, :, 1] = c_before * f * (1 - f)
+    slopes[:, :, 1] = _before(cache.c0, c_all) * f * (1 - f)
     slopes[:, :, 2] = i * _one_minus_square(g)
-    slopes[:, :, 3] = cache.tanh_c * o * (1 - o)
+    slopes[:, :, 3] = tanh_c * o * (1 - o)
     if cache.held is not None:
-        slopes[cache.held] = to_cell[cache.held] = 0
-        f = np.where(cache.held[..., None], 1, f)
+        over = cache.held.T
+        slopes[over] = to_cell[over] = 0
+        f = np.where(over[..., None], 1, f)
     return f, to_cell, slopes
 
 
@@ -596,13 +599,12 @@ def lstm_gradient_norm_by_lag(cache: LSTMCache) -> LagNorms:
     forget, to_cell, slopes = _local_slopes(cache, cache.h_all.dtype)
     start = np.eye(2 * width, dtype=forget.dtype)
     steps = (
-        _lstm_jacobian(cache, forget[:, t], to_cell[:, t], slopes[:, t], t)
-        for t in reversed(range(1, n))
+        _lstm_jacobian(cache, forget[t], to_cell[t], slopes[t], t) for t in reversed(range(1, n))
     )
     blocks = [slice(None), slice(width, None)]
     full, cell = _norms_of_products(start, steps, (b, n), blocks)
-    kept = np.cumprod(forget[:, :0:-1], axis=1)
-    direct = np.concatenate([np.ones((b, min(n, 1)), kept.dtype), kept.max(axis=-1)], axis=1)
+    kept = np.cumprod(forget[:0:-1], axis=0).max(axis=-1, initial=0)
+    direct = np.concatenate([np.ones((min(n, 1), b), kept.dtype), kept]).T
     return LagNorms(full, cell, direct)
 
 
@@ -784,20 +786,16 @@ def init_lstm(
 
 def _activated(z):
     """i, f, g, o in place of their z."""
-    width = z.shape[-1] // 4
-    candidate = z[..., 2 * width : 3 * width]
-    np.tanh(candidate, out=candidate)
-    for gates in (z[..., : 2 * width], z[..., 3 * width :]):
-        _sigmoid(gates, out=gates)
-    return z
-
-
-def _sigmoid(z, out):
+    _, _, candidate, _ = _split_gates(z)
+    g = np.tanh(candidate)
     # (1 + tanh(z/2))/2 would round the small values of a closed gate away.
-    np.negative(z, out=out)
-    np.exp(out, out=out)
-    out += 1
-    np.reciprocal(out, out=out)
+    # All four at once: one pass over neighbours beats two over slices.
+    np.negative(z, out=z)
+    np.exp(z, out=z)
+    z += 1
+    np.reciprocal(z, out=z)
+    candidate[...] = g
+    return z
 
 
 def _split_gates(gates):
@@ -815,10 +813,34 @@ def _is_cut(t: int, truncate: int | None) -> bool:
     return truncate is not None and t > 0 and t % as_count("truncate", truncate, 1) == 0
 
 
-def _parameter_gradients(x, h_before, dz) -> Gradients:
-    """All steps of all rows in one product each."""
-    rows = _rows(dz)
-    return {"wx": _rows(x).T @ rows, "wh": _rows(h_before).T @ rows, "b": _total(rows)}
+def _all_steps(x, wx, b, *states):
+    """x W_x + b of all steps in one product, time first: a step's numbers are neighbours."""
+    dtype = np.result_type(x, wx, b, *states)
+    rows = (_rows(x.swapaxes(0, 1)) @ wx).astype(dtype, copy=False)
+    rows += b
+    return rows.reshape(x.shape[1], x.shape[0], wx.shape[1])
+
+
+def _before(first, states):
+    """The states before each step, time first."""
+    return np.concatenate([first[None], states[:-1]])[: len(states)]
+
+
+def _carried(dh_before, dh, held, t):
+    """The gradient of the state before step t: where it stayed, that of the state itself."""
+    return dh_before if held is None else np.where(held[:, t, None], dh, dh_before)
+
+
+def _by_input(dz, wx):
+    """dx ``(B, T, D)`` from dz ``(T, B, ·)``, in one product."""
+    n, b, _ = dz.shape
+    return (_rows(dz) @ wx.T).reshape(n, b, wx.shape[0]).swapaxes(0, 1)
+
+
+def _parameter_gradients(x, h0, h_all, dz) -> Gradients:
+    """All steps of all rows in one product each; h_all and dz have time first."""
+    rows, x_rows, h_rows = _rows(dz), _rows(x.swapaxes(0, 1)), _rows(_before(h0, h_all))
+    return {"wx": x_rows.T @ rows, "wh": h_rows.T @ rows, "b": _total(rows)}
 
 
 def _rows(x):

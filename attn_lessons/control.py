@@ -22,12 +22,27 @@ import time
 from collections import Counter, deque
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 import numpy as np
 from jaxtyping import Float, Integer, Num, Real
 
 from attn_lessons._arrays import as_count, as_float, check_rank, check_shape
+from attn_lessons.multihead import linear_backward, linear_forward
+from attn_lessons.optim import warmup_cosine
+from attn_lessons.recurrent import (
+    init_lstm,
+    lstm_backward_cached,
+    lstm_forward,
+    lstm_step_forward,
+)
+from attn_lessons.training import Record, train, train_start
+from attn_lessons.transformer import (
+    Config,
+    classifier_backward,
+    classifier_forward,
+    init_classifier,
+)
 
 Motion = Callable[[np.ndarray, np.ndarray], np.ndarray]
 Controller = Callable[[np.ndarray], Any]
@@ -1064,6 +1079,244 @@ def latency(seconds: Real[np.ndarray, "T"], deadline: float) -> dict[str, float]
 def status_counts(rollouts: Sequence[Rollout]) -> dict[str, int]:
     """How often each status was given, the commonest first."""
     return dict(Counter(said for rollout in rollouts for said in rollout.status).most_common())
+
+
+# --- policies learned by imitation ---------------------------------------------------------------
+
+
+def demonstrations(
+    plant: Plant,
+    expert: Controller,
+    starts: Real[np.ndarray, "E X"],
+    steps: int,
+    *,
+    rng: np.random.Generator,
+    noise: float | Real[np.ndarray, "X"] = 0.0,
+    explore: float = 0.0,
+) -> tuple[Float[np.ndarray, "K T X"], Float[np.ndarray, "K T U"]]:
+    r"""What an expert sees and does, an episode for each start.
+
+    .. math:: u_k = \pi(x_k) \;\text{is recorded}, \qquad
+              u_k + \epsilon\, (u_{\max} - u_{\min})\, w_k
+              \;\text{is applied}
+
+    With ``explore``, ε > 0, the expert shows as well how it comes back
+    from where it would not have gone. ``noise`` is closed_loop's. An
+    episode that is lost is left out.
+
+    Shapes: starts ``(E, X)``; returns states ``(K, T, X)`` and inputs
+    ``(K, T, U)``, K <= E, T = ``steps``.
+
+    ValueError: shapes do not fit; every episode is lost; a limit on the
+    input is infinite and ``explore`` is not 0.
+
+    Source: Laskey et al. 2017, with a fixed noise.
+    """
+    m = plant.b.shape[1]
+    width = plant.u_max - plant.u_min if explore else np.zeros(m)
+    if not np.isfinite(width).all():
+        raise ValueError("explore: expected 0 where an input has no limits to be measured by")
+    states, inputs = [], []
+    for start in as_float("starts", starts):
+        shown: list[np.ndarray] = []
+
+        def shaken(x: np.ndarray, shown: list[np.ndarray] = shown) -> np.ndarray:
+            shown.append(_decision(expert(x), m).u)
+            return shown[-1] + explore * width * rng.normal(size=m)
+
+        if hasattr(expert, "reset"):
+            expert.reset()
+        rollout = closed_loop(plant, shaken, start, steps, rng=rng, noise=noise)
+        if rollout.lost is None:
+            states.append(rollout.x[:-1])
+            inputs.append(np.array(shown))
+    if not states:
+        raise ValueError(
+            f"expert: expected at least one episode to be kept; lost all {len(starts)}"
+        )
+    return np.array(states), np.array(inputs)
+
+
+class AttentionPolicy:
+    """The last ``config.max_len`` states through transformer.py's model, one input out.
+
+    A state is a token; the newest has the last place, and where an episode has just begun, the
+    places before it are masked. ``params`` are a classifier's; its K outputs are the U inputs over
+    ``u_scale``. States are divided by ``x_scale``.
+    """
+
+    def __init__(
+        self,
+        params: Mapping[str, np.ndarray],
+        config: Config,
+        x_scale: Real[np.ndarray, "X"],
+        u_scale: Real[np.ndarray, "U"],
+    ):
+        self.params, self.config = params, config
+        self.x_scale, self.u_scale = as_float("x_scale", x_scale), as_float("u_scale", u_scale)
+        self.reset()
+
+    @property
+    def n_parameters(self) -> int:
+        return sum(p.size for p in self.params.values())
+
+    def reset(self) -> None:
+        """An episode begins: no state has been seen."""
+        self._seen = np.zeros((1, self.config.max_len, self.x_scale.size))
+        self._mask = np.zeros((1, self.config.max_len), bool)
+
+    def __call__(self, x: Real[np.ndarray, "X"]) -> np.ndarray:
+        self._seen[0, :-1], self._seen[0, -1] = self._seen[0, 1:].copy(), x / self.x_scale
+        self._mask[0, :-1], self._mask[0, -1] = self._mask[0, 1:].copy(), True
+        u, _ = classifier_forward(self._seen, self.params, self.config, self._mask)
+        return u[0] * self.u_scale
+
+
+class LSTMPolicy:
+    """An LSTM that carries h and c from state to state, and a linear layer to the input.
+
+    ``params`` are ``lstm.wx``, ``lstm.wh``, ``lstm.b`` as in recurrent.py, ``head.weight``
+    ``(H, U)`` and ``head.bias``; scales as in AttentionPolicy.
+    """
+
+    def __init__(
+        self,
+        params: Mapping[str, np.ndarray],
+        x_scale: Real[np.ndarray, "X"],
+        u_scale: Real[np.ndarray, "U"],
+    ):
+        self.params = params
+        self.x_scale, self.u_scale = as_float("x_scale", x_scale), as_float("u_scale", u_scale)
+        self._weights = tuple(params[f"lstm.{name}"] for name in ("wx", "wh", "b"))
+        self.reset()
+
+    @property
+    def n_parameters(self) -> int:
+        return sum(p.size for p in self.params.values())
+
+    def reset(self) -> None:
+        """An episode begins: both states are 0."""
+        self._h = self._c = np.zeros((1, len(self.params["lstm.wh"])))
+
+    def __call__(self, x: Real[np.ndarray, "X"]) -> np.ndarray:
+        scaled = (x / self.x_scale)[None]
+        self._h, self._c = lstm_step_forward(scaled, self._h, self._c, *self._weights)
+        u = self._h @ self.params["head.weight"] + self.params["head.bias"]
+        return u[0] * self.u_scale
+
+
+class Imitation(NamedTuple):
+    """A policy, and the record of every step of its training."""
+
+    policy: AttentionPolicy | LSTMPolicy
+    records: list[Record]
+
+
+def imitate(
+    states: Real[np.ndarray, "E T X"],
+    inputs: Real[np.ndarray, "E T U"],
+    kind: Literal["attention", "lstm"],
+    *,
+    seed: int = 0,
+    steps: int = 2000,
+    batch: int = 64,
+    width: int = 32,
+    window: int = 8,
+    n_heads: int = 4,
+    lr: float = 3e-3,
+) -> Imitation:
+    r"""A policy that does what the expert did, as nearly as it learns to.
+
+    .. math:: L = \frac{1}{nU} \sum_{k} \bigl\| (\pi_\theta(x_{\le k})
+              - u_k) / s_u \bigr\|^2
+
+    by AdamW without decay, warmed up and then along a cosine. An
+    attention policy of one block learns from ``batch`` windows a step,
+    an LSTM from whole episodes, as many as hold ``batch`` times ``window``
+    states. Scales are the demonstrations' root mean squares. ``width``
+    is the model's, and that of the LSTM's state.
+
+    Shapes: states ``(E, T, X)``, inputs ``(E, T, U)``; returns
+    ``(policy, records)``.
+
+    ValueError: shapes do not fit; ``kind`` is unknown; a count is < 1.
+
+    Source: Pomerleau 1989.
+    """
+    states, inputs = as_float("states", states), as_float("inputs", inputs)
+    check_rank("states", states, "E T X")
+    check_shape("inputs", inputs, (*states.shape[:2], "U"), f"to match states {states.shape}")
+    x_scale, u_scale = _root_mean_square(states), _root_mean_square(inputs)
+    x, u = states / x_scale, inputs / u_scale
+    width, window = as_count("width", width, 1), as_count("window", window, 1)
+    batch, rng = as_count("batch", batch, 1), np.random.default_rng(seed)
+    if kind == "attention":
+        config = Config(1, width, n_heads, 2 * width, window)
+        params = init_classifier(rng, config, x.shape[2], u.shape[2])
+        loss = _attention_loss(x, u, config, batch)
+    elif kind == "lstm":
+        params = {f"lstm.{n}": w for n, w in init_lstm(rng, x.shape[2], width).items()}
+        params |= {"head.weight": rng.normal(size=(width, u.shape[2])) * width**-0.5}
+        params |= {"head.bias": np.zeros(u.shape[2])}
+        loss = _lstm_loss(x, u, max(1, batch * window // x.shape[1]))
+    else:
+        raise ValueError(f"kind: expected 'attention' or 'lstm'; got {kind!r}")
+    state, records = train(
+        train_start(params, seed),
+        loss,
+        steps,
+        lambda step: warmup_cosine(step, lr, max(1, steps // 20), steps),
+        weight_decay=0.0,
+        stop_on_divergence=False,
+    )
+    if kind == "attention":
+        return Imitation(AttentionPolicy(state.params, config, x_scale, u_scale), records)
+    return Imitation(LSTMPolicy(state.params, x_scale, u_scale), records)
+
+
+def _root_mean_square(x: np.ndarray) -> np.ndarray:
+    size = np.sqrt(np.mean(x**2, axis=(0, 1)))
+    return np.where(size > 0, size, 1.0)
+
+
+def _squared_error(got: np.ndarray, want: np.ndarray) -> tuple[float, np.ndarray]:
+    """Mean square and its gradient."""
+    error = got - want
+    return float(np.mean(error**2)), 2 * error / error.size
+
+
+def _windows(x: np.ndarray, episode: np.ndarray, end: np.ndarray, window: int):
+    """The states up to and with ``end``, (n, window, X), and which of them there are."""
+    at = end[:, None] + np.arange(1 - window, 1)
+    mask = at >= 0
+    return np.where(mask[..., None], x[episode[:, None], np.maximum(at, 0)], 0), mask
+
+
+def _attention_loss(x, u, config, batch):
+    def loss(params, rng):
+        episode, end = rng.integers(len(x), size=batch), rng.integers(x.shape[1], size=batch)
+        tokens, mask = _windows(x, episode, end, config.max_len)
+        got, cache = classifier_forward(tokens, params, config, mask)
+        value, dgot = _squared_error(got, u[episode, end])
+        return value, classifier_backward(dgot, cache)
+
+    return loss
+
+
+def _lstm_loss(x, u, batch):
+    def loss(params, rng):
+        episode = rng.integers(len(x), size=batch)
+        weights = [params[f"lstm.{name}"] for name in ("wx", "wh", "b")]
+        start = np.zeros((batch, len(weights[1])))
+        h_all, _, cache = lstm_forward(x[episode], start, start, *weights)
+        got = linear_forward(h_all, params["head.weight"], params["head.bias"])
+        value, dgot = _squared_error(got, u[episode])
+        dh_all, dweight, dbias = linear_backward(dgot, h_all, params["head.weight"])
+        _, _, _, grads = lstm_backward_cached(dh_all, cache)
+        head = {"head.weight": dweight, "head.bias": dbias}
+        return value, {f"lstm.{name}": g for name, g in grads.items()} | head
+
+    return loss
 
 
 # --- small things ------------------------------------------------------------------------------

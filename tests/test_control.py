@@ -32,8 +32,10 @@ from attn_lessons.control import (
     closed_loop,
     closed_loop_metrics,
     condense,
+    demonstrations,
     discretise,
     double_integrator,
+    imitate,
     lane_keeping,
     latency,
     linearise,
@@ -47,6 +49,7 @@ from attn_lessons.control import (
     soften,
     status_counts,
 )
+from attn_lessons.gradcheck import directional_check
 
 EXACT = 1e-10
 INF = np.inf
@@ -830,6 +833,135 @@ def test_the_loop_names_what_does_not_fit():
         closed_loop(plant, lqr(plant), np.zeros(2), 1, mismatch=quadcopter())
     with pytest.raises(ValueError, match="delay"):
         closed_loop(plant, lqr(plant), np.zeros(2), 1, delay=-1)
+
+
+# --- policies learned by imitation ---------------------------------------------------------------
+
+
+def shown(n_episodes=12, steps=30, explore=0.1):
+    plant, rng = double_integrator(), np.random.default_rng(0)
+    starts = rng.uniform(-1, 1, (n_episodes, 2)) * [2, 0.5]
+    return demonstrations(plant, lqr(plant), starts, steps, rng=rng, explore=explore)
+
+
+def test_demonstrations_show_what_the_expert_does_not_what_is_applied():
+    states, inputs = shown()
+    assert states.shape == (12, 30, 2)
+    assert inputs.shape == (12, 30, 1)
+    plant = double_integrator()
+    expert = lqr(plant)
+    agree(inputs, [[expert(x) for x in episode] for episode in states], 1e-12)
+    applied = (states[:, 1:] - states[:, :-1] @ plant.a.T)[..., 1:] / plant.b[1]
+    off = applied - inputs[:, :-1]
+    assert 0.15 <= off.std() <= 0.25  # a tenth of the width between the limits, 2
+    quiet_states, quiet_inputs = shown(explore=0.0)
+    agree(plant.step(quiet_states[:, :-1], quiet_inputs[:, :-1]), quiet_states[:, 1:], 1e-12)
+
+
+def test_demonstrations_leave_lost_episodes_out():
+    plant, rng = cart_pole(), np.random.default_rng(0)
+    starts = np.array([[0, 0.1, 0, 0], [0, 1.5, 0, 5.0]])
+    states, _ = demonstrations(plant, lqr(plant), starts, 20, rng=rng)
+    assert len(states) == 1
+    agree(states[0, 0], starts[0])
+    with pytest.raises(ValueError, match="expert: expected at least one episode to be kept"):
+        demonstrations(plant, lqr(plant), starts[1:], 20, rng=rng)
+
+
+LOSSES = {
+    "attention": (
+        lambda x, u: library._attention_loss(x, u, library.Config(1, 8, 2, 16, 4), 5),
+        lambda rng: library.init_classifier(rng, library.Config(1, 8, 2, 16, 4), 2, 1),
+    ),
+    "lstm": (
+        lambda x, u: library._lstm_loss(x, u, 3),
+        lambda rng: {
+            **{f"lstm.{n}": w for n, w in library.init_lstm(rng, 2, 5).items()},
+            "head.weight": rng.normal(size=(5, 1)),
+            "head.bias": rng.normal(size=1),
+        },
+    ),
+}
+
+
+@pytest.mark.parametrize("kind", LOSSES)
+def test_the_gradient_of_imitation(kind):
+    """Every parameter, along a random direction, the same batch on both sides."""
+    make, start = LOSSES[kind]
+    loss, params = make(*shown(4, 9)), start(np.random.default_rng(1))
+    _, grads = loss(params, np.random.default_rng(2))
+    assert set(grads) == set(params)
+    for name, grad in grads.items():
+        v = np.random.default_rng(3).normal(size=grad.shape)
+
+        def value(w, name=name):
+            return loss({**params, name: w}, np.random.default_rng(2))[0]
+
+        if np.abs(grad).max() <= 1e-14:  # softmax takes no notice of the keys' bias
+            assert name.endswith("bk")
+            assert abs(value(params[name] + v) - value(params[name])) <= 1e-12
+        else:
+            assert directional_check(value, params[name], grad, v) <= 1e-6, name
+
+
+@pytest.mark.parametrize(("kind", "lr"), [("attention", 3e-3), ("lstm", 1e-2)])
+def test_a_policy_learns_what_it_is_shown(kind, lr):
+    states, inputs = shown(40, 30)
+    found = imitate(states, inputs, kind, steps=250, width=16, window=4, lr=lr, seed=1)
+    losses = [record.loss for record in found.records]
+    assert len(losses) == 250
+    assert np.mean(losses[-20:]) < 0.05 * np.mean(losses[:5])
+    again = imitate(states, inputs, kind, steps=3, width=16, window=4, lr=lr, seed=1)
+    assert [r.loss for r in again.records][:1] == losses[:1]
+    plant = double_integrator()
+    start = np.array([1.5, 0.2])
+    rollout = closed_loop(plant, found.policy, start, 80)
+    assert np.abs(rollout.x[-1]).max() <= 0.3
+    # Called twice, it begins anew.
+    assert np.array_equal(rollout.x, closed_loop(plant, found.policy, start, 80).x)
+    assert found.policy.n_parameters == sum(p.size for p in found.policy.params.values())
+    assert ClippedPolicy(found.policy, plant.u_min, plant.u_max).n_parameters > 100
+
+
+@pytest.mark.parametrize("kind", ["attention", "lstm"])
+def test_a_policy_in_the_loop_is_the_model_that_was_trained(kind):
+    """State by state, it says what the training pass says of the whole episode."""
+    states, inputs = shown(3, 11)
+    policy, _ = imitate(states, inputs, kind, steps=5, width=8, window=4, seed=2)
+    episode = states[1]
+    policy.reset()
+    got = np.array([policy(x) for x in episode])
+    x = episode[None] / policy.x_scale
+    if kind == "lstm":
+        zeros = np.zeros((1, 8))
+        weights = [policy.params[f"lstm.{n}"] for n in ("wx", "wh", "b")]
+        h_all, _, _ = library.lstm_forward(x, zeros, zeros, *weights)
+        want = h_all[0] @ policy.params["head.weight"] + policy.params["head.bias"]
+    else:
+        tokens, mask = library._windows(x, np.zeros(11, int), np.arange(11), 4)
+        assert mask.sum(axis=1).tolist() == [1, 2, 3, *[4] * 8]
+        agree(tokens[7], x[0, 4:8])
+        want, _ = library.classifier_forward(tokens, policy.params, policy.config, mask)
+    agree(got, want * policy.u_scale)
+
+
+@pytest.mark.usefixtures("unchecked")
+def test_imitate_names_what_does_not_fit():
+    states, inputs = shown(3, 5)
+    with pytest.raises(ValueError, match="kind: expected 'attention' or 'lstm'; got 'rnn'"):
+        imitate(states, inputs, "rnn")
+    with pytest.raises(ValueError, match=r"inputs: expected shape \(3, 5, U\)"):
+        imitate(states, inputs[:, :4], "lstm")
+    with pytest.raises(ValueError, match=r"states: expected shape \(E, T, X\)"):
+        imitate(states[0], inputs, "lstm")
+
+
+def test_a_state_that_never_moves_has_a_scale():
+    states, inputs = shown(3, 5)
+    states[..., 1] = 0
+    policy, _ = imitate(states, inputs, "lstm", steps=2, width=4)
+    assert policy.x_scale[1] == 1
+    assert np.isfinite(policy(np.zeros(2))).all()
 
 
 # --- metrics ------------------------------------------------------------------------------------

@@ -241,3 +241,11 @@ def test_stored_post_norm_stalls_where_warm_up_trains(stored):
     ]
     assert {depth for _, depth, _ in rescued} >= {2, 4, 6}
     assert {norm for norm, _, _ in rescued} == {"post"}
+
+
+def test_stored_runs_break_after_their_gradient_did(stored):
+    part = stored["divergence"]
+    assert len(part["growing"]) == 6
+    for run in part["growing"]:
+        assert run["says"].startswith(f"step {run['said_at_step']}: ")
+        assert run["norm_first_over"] < run["loss_first_over"]

@@ -286,6 +286,11 @@ def test_whatever_is_returned_gets_a_verdict(value):
         assert verdict.message
 
 
+def test_one_array_is_no_pair_with_a_tuple_in_it():
+    message = told(np.stack((M, M)), (M, (M, M[0], 3)))
+    assert message.startswith("returned one array of shape (2, 3, 4), expected 2 values")
+
+
 def test_product_passes_in_other_styles():
     def loops(dy, x, w):
         dw = sum(np.outer(a, b) for a, b in zip(x, dy, strict=True))

@@ -243,7 +243,8 @@ def _numbers(got: Any, want: Any, name: str) -> np.ndarray:
 
 
 def _unpacks(got: np.ndarray, want: Any) -> bool:
-    return got.ndim > 0 and [np.shape(g) for g in got] == [np.shape(w) for w in want]
+    plain = not any(isinstance(w, tuple | list | Mapping) for w in want)
+    return plain and got.ndim > 0 and [np.shape(g) for g in got] == [np.shape(w) for w in want]
 
 
 def _forgot(got: Any) -> str:

@@ -19,6 +19,14 @@ from attn_lessons.attention import attention_forward, causal_mask
 from attn_lessons.gradcheck import numerical_vjp
 from attn_lessons.multihead import grouped_kv_forward, multihead_forward
 from attn_lessons.positions import rope
+from attn_lessons.recurrent import (
+    init_lstm,
+    init_rnn,
+    lstm_forward,
+    lstm_step_forward,
+    rnn_forward,
+    rnn_step_forward,
+)
 from attn_lessons.streaming import (
     EMPTY,
     KVCache,
@@ -345,14 +353,14 @@ def test_gradients_of_chunks_equal_autograd(problem):
 
 def test_gradients_of_chunks_equal_finite_differences():
     rng = np.random.default_rng(4)
-    shapes = ((2, 4, 5, 3), (2, 2, 7, 3), (2, 2, 7, 6))
+    shapes = ((1, 2, 3, 2), (1, 1, 5, 2), (1, 1, 5, 3))
     inputs = [rng.normal(size=s) for s in shapes]
-    dout = rng.normal(size=(2, 4, 5, 6))
-    got = chunked_causal_attention_backward(dout, *inputs, 2, window=4)
+    dout = rng.normal(size=(1, 2, 3, 3))
+    got = chunked_causal_attention_backward(dout, *inputs, 2, window=3)
     for i, gradient in enumerate(got):
 
         def output(x, i=i):
-            return chunked_causal_attention(*inputs[:i], x, *inputs[i + 1 :], 2, window=4)
+            return chunked_causal_attention(*inputs[:i], x, *inputs[i + 1 :], 2, window=3)
 
         agree(gradient, numerical_vjp(output, inputs[i], dout), 1e-8)
 
@@ -624,6 +632,26 @@ def test_a_float32_model_streams_in_float32():
     state = language_model_start(config, 1, dtype=np.float32)
     logits, state = language_model_step(np.array([4]), state, params, config)
     assert logits.dtype == state.caches[0].k.dtype == np.float32
+
+
+# --- the other kind of state ----------------------------------------------------------------------
+
+
+@given(sizes=st.tuples(st.integers(1, 3), st.integers(1, 12), LENGTHS, LENGTHS), rng=generators())
+def test_a_recurrent_network_streams_with_a_state_that_does_not_grow(sizes, rng):
+    b, n, d, width = sizes
+    x, h, c = rng.normal(size=(b, n, d)), rng.normal(size=(b, width)), rng.normal(size=(b, width))
+    rnn, lstm = init_rnn(rng, d, width), init_lstm(rng, d, width)
+    plain, gated, steps = h, (h, c), []
+    for t in range(n):
+        plain = rnn_step_forward(x[:, t], plain, **rnn)
+        gated = lstm_step_forward(x[:, t], *gated, **lstm)
+        assert [s.shape for s in (plain, *gated)] == [(b, width)] * 3, "whatever t is"
+        steps.append((plain, gated[0]))
+    agree(np.stack([s for s, _ in steps], axis=1), rnn_forward(x, h, **rnn)[0])
+    h_all, c_last, _ = lstm_forward(x, h, c, **lstm)
+    agree(np.stack([s for _, s in steps], axis=1), h_all)
+    agree(gated[1], c_last)
 
 
 # --- what it costs --------------------------------------------------------------------------------

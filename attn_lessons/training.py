@@ -144,6 +144,45 @@ def train(
     return state, records
 
 
+def accumulate_gradients(
+    losses: Sequence[float], grads: Sequence[Mapping[str, np.ndarray]], sizes: Sequence[int]
+) -> tuple[float, Arrays]:
+    r"""Loss and gradient of one large batch from those of its pieces.
+
+    .. math:: \ell = \frac{\sum_i n_i \ell_i}{\sum_i n_i}, \qquad
+              g = \frac{\sum_i n_i g_i}{\sum_i n_i}
+
+    Each piece's loss and gradient is a mean over ``sizes[i]`` = n of
+    its own (tokens that count, say). A piece of size 0 adds nothing,
+    whatever its mean over nothing is; where all are empty, loss and
+    gradient are 0.
+
+    Shapes: each gradient keeps its own; returns ``(loss, grads)``.
+
+    ValueError: no pieces; lengths differ; a size is no integer or
+    negative; gradients have other names than the first piece's.
+    """
+    if not len(losses) == len(grads) == len(sizes) > 0:
+        raise ValueError(
+            "losses: expected as many losses, grads and sizes, at least one; "
+            f"got {len(losses)}, {len(grads)} and {len(sizes)}"
+        )
+    counts = [as_count("sizes", n) for n in sizes]
+    for piece in grads:
+        if set(piece) != set(grads[0]):
+            raise ValueError(
+                f"grads: expected the names {', '.join(grads[0])} in each; got {', '.join(piece)}"
+            )
+    total = max(sum(counts), 1)
+    full = [i for i, n in enumerate(counts) if n]
+    loss = sum(counts[i] / total * float(losses[i]) for i in full)
+    zeros = {name: np.zeros_like(g) for name, g in grads[0].items()}
+    return float(loss), {
+        name: sum((counts[i] / total * grads[i][name] for i in full), zero)
+        for name, zero in zeros.items()
+    }
+
+
 # --- looking at a run -------------------------------------------------------------------------
 
 

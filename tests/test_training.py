@@ -1,6 +1,7 @@
 """The loop against torch's, step by step; runs that stop and go on; what is said of bad ones."""
 
 import math
+from itertools import pairwise
 
 import numpy as np
 import pytest
@@ -10,6 +11,7 @@ import torch.nn.functional as F
 from attn_lessons.optim import warmup_cosine
 from attn_lessons.training import (
     Record,
+    accumulate_gradients,
     divergence,
     load_params,
     load_state,
@@ -141,6 +143,53 @@ def test_accumulated_batches_are_one_large_batch():
     assert one.loss == pytest.approx(two.loss, rel=1e-13)
     assert one.norm == pytest.approx(two.norm, rel=1e-13)
     assert np.abs(a.params["w"] - b.params["w"]).max() < 1e-13
+
+
+def least_squares(params, x, y):
+    off = x @ params["w"] + params["b"] - y
+    return (off**2).sum() / len(x), {
+        "w": 2 * x.T @ off / len(x),
+        "b": 2 * off.sum(axis=0) / len(x),
+    }
+
+
+def test_unequal_pieces_are_one_large_batch():
+    cuts = [0, 3, 3, 20, 21, 60]
+    pieces = [(X[a:b], Y[a:b]) for a, b in pairwise(cuts)]
+    with np.errstate(invalid="ignore"):
+        losses, grads = zip(*(least_squares(parameters(), *p) for p in pieces), strict=True)
+    assert np.isnan(losses[1]), "a mean over nothing"
+    sizes = [len(x) for x, _ in pieces]
+    value, mean = accumulate_gradients(losses, grads, sizes)
+    want, dwant = least_squares(parameters(), X[:60], Y[:60])
+    assert value == pytest.approx(want, rel=1e-13)
+    assert all(np.abs(mean[n] - dwant[n]).max() < 1e-13 for n in dwant)
+    full = [i for i, n in enumerate(sizes) if n]
+    means = np.mean([grads[i]["b"] for i in full], axis=0)
+    assert np.abs(means - dwant["b"]).max() > 1e-2, "the mean of means is another"
+
+
+def test_pieces_without_anything_are_nothing():
+    bad = {"w": np.full((2, 3), np.nan, np.float32)}
+    value, grads = accumulate_gradients([np.nan], [bad], [0])
+    assert value == 0
+    assert np.array_equal(grads["w"], np.zeros((2, 3)))
+    assert grads["w"].dtype == np.float32
+    assert np.isnan(bad["w"]).all()
+
+
+@pytest.mark.parametrize(
+    ("call", "words"),
+    [
+        (([], [], []), "losses: expected as many .* got 0, 0 and 0"),
+        (([1.0], [{}], [1, 2]), "got 1, 1 and 2"),
+        (([1.0], [{}], [-1]), "sizes: expected"),
+        (([1.0, 2.0], [{"a": np.ones(1)}, {"b": np.ones(1)}], [1, 1]), "grads: expected the names"),
+    ],
+)
+def test_pieces_that_do_not_fit(call, words):
+    with pytest.raises(ValueError, match=words):
+        accumulate_gradients(*call)
 
 
 @pytest.mark.parametrize("bad", [np.nan, np.inf])

@@ -5,6 +5,8 @@ import inspect
 import re
 import subprocess
 import sys
+from functools import cache
+from html import escape
 from pathlib import Path
 
 import numpy as np
@@ -19,9 +21,12 @@ from answers import (  # noqa: F401
     ch04_multihead,
     ch05_positions,
     ch06_residual_layernorm,
+    ch07_encoder,
+    ch11_control,
 )
 
-from attn_lessons.grading import catalogue, check, compare, diagnose
+from attn_lessons import hunt
+from attn_lessons.grading import catalogue, check, compare, diagnose, feedback
 from attn_lessons.grading.exercise import Exercise
 from attn_lessons.grading.probe import KINDS, SHAPED_LIKE, Probe
 from attn_lessons.grading.protocol import decode, encode
@@ -29,6 +34,7 @@ from attn_lessons.grading.protocol import decode, encode
 ROOT = Path(__file__).resolve().parent.parent
 EXERCISES = catalogue.exercises()
 SEEDS = (11, 12)
+EXPECTED = {}  # by exercise and case, which is kept, so that nothing else gets its id
 
 # Numbers of an answer and of its reference agree to this, relative to the largest entry.
 AGREEMENT = 1e-10
@@ -41,8 +47,28 @@ def draws_of(exercise: Exercise, seed: int):
     return check.make_draws(exercise, sequences)
 
 
+@cache
+def drawn(exercise_id: str, seed: int):
+    """One draw for all answers to an exercise: they get copies."""
+    return draws_of(catalogue.find(exercise_id), seed)
+
+
+@pytest.fixture(autouse=True)
+def expected_once(monkeypatch):
+    """An oracle is slow and its cases are the same for all answers: ask it once a case."""
+    compute = check.expected
+
+    def expected(exercise, case):
+        key = (exercise.id, id(case))
+        if key not in EXPECTED:
+            EXPECTED[key] = case, compute(exercise, case)
+        return EXPECTED[key][1]
+
+    monkeypatch.setattr(check, "expected", expected)
+
+
 def verdict(exercise: Exercise, answer, seed: int):
-    draws = draws_of(exercise, seed)
+    draws = drawn(exercise.id, seed)
     results = [[diagnose.attempt(answer, exercise, case) for case in cases] for cases in draws]
     return check.judge(exercise, draws, results)
 
@@ -123,6 +149,13 @@ def test_the_exercises_are_those_of_the_book():
         "gelu_backward",
         "ffn_backward",
     ]
+    assert found["ch07_encoder"] == [
+        "encoder_block_backward",
+        "embedding_backward",
+        "padded_embedding_backward",
+        "tied_output_backward",
+        *(f"hunt_{number}" for number in range(1, 7)),
+    ]
 
 
 def test_an_unknown_exercise_is_answered_with_the_nearest():
@@ -143,15 +176,18 @@ def test_an_entry_is_complete(exercise):
     assert not [name for name in names if "," in name], "names are listed with commas"
     for mistake in exercise.mistakes:
         assert re.fullmatch(r"ch\d\d_\w+\.html#ch\d\d-[a-z-]+", mistake.section)
-        assert mistake.section.startswith(exercise.chapter)
+        # A mistake carried over from an earlier exercise is explained where that one is.
+        chapter = mistake.section.split(".html")[0]
+        carried = " (in " in mistake.name and chapter in catalogue.chapters()
+        assert chapter == exercise.chapter or (carried and chapter < exercise.chapter)
         assert mistake.why.endswith(".")
 
 
 @pytest.mark.parametrize("exercise", EXERCISES, ids=by_id)
 def test_a_mistake_links_to_a_heading_of_its_page(exercise):
-    page = (ROOT / "book" / f"{exercise.chapter}.md").read_text(encoding="utf-8")
     for mistake in exercise.mistakes:
-        assert f"({mistake.section.split('#')[1]})=" in page
+        name, anchor = mistake.section.split(".html#")
+        assert f"({anchor})=" in (ROOT / "book" / f"{name}.md").read_text(encoding="utf-8")
 
 
 def test_mistakes_named_in_the_list_of_exercises_are_there():
@@ -234,6 +270,23 @@ def test_mistakes_named_in_the_list_of_exercises_are_there():
         "residual_backward": ["skip path dropped", "doubled"],
         "gelu_backward": ["tanh form", "activation gradient at the output"],
         "ffn_backward": ["tanh form", "activation gradient at the output"],
+        "encoder_block_backward": [
+            "first residual forgotten",
+            "second residual forgotten",
+            "norm gradient skipped",
+            "pre and post mixed",
+        ],
+        "embedding_backward": ["assignment instead of accumulation"],
+        "padded_embedding_backward": ["padding row not zeroed"],
+        "tied_output_backward": ["output's contribution only", "embedding's contribution only"],
+        "condense": ["first input not applied"],
+        "mpc_qp": [
+            "factor 2",
+            "bounds in the wrong rows",
+            "terminal cost forgotten",
+            "first input not applied",
+        ],
+        "closed_loop_metrics": ["first input not applied"],
     }
     for exercise, names in listed.items():
         assert set(names) <= {m.name for m in catalogue.find(exercise).mistakes}
@@ -345,7 +398,10 @@ def test_a_mistake_gets_its_name(exercise, mistake):
 def test_a_mistake_gets_no_other_name(exercise, mistake):
     others = tuple(m for m in exercise.mistakes if m.name != mistake.name)
     judged = verdict(dataclasses.replace(exercise, mistakes=others), mistake.answer, 21)
-    assert judged.diagnosis.mistake is None
+    if judged.mismatch.kind == "mutated":
+        assert judged.diagnosis.mistake == "changes its input"
+    else:
+        assert judged.diagnosis.mistake is None
 
 
 def in_float32(answer):
@@ -378,6 +434,15 @@ IN_SINGLE = (
     "residual_backward",
     "gelu_backward",
     "ffn_backward",
+    "encoder_block_backward",
+    "embedding_backward",
+    "padded_embedding_backward",
+    "tied_output_backward",
+    *(f"hunt_{number}" for number in range(1, 6)),
+    "condense",
+    "riccati_step",
+    "mpc_qp",
+    "closed_loop_metrics",
 )
 # On large logits this one returns gradients near 1e-156, which float32 rounds to 0.
 TOO_FINE = "softmax derivative applied twice"
@@ -530,6 +595,75 @@ def test_layernorm_backward_names_its_first_wrong_intermediate():
     assert judged.diagnosis.observations[0] == (
         "first wrong on the way: solved from dgamma, xhat is off, or the step from it to dgamma is"
     )
+
+
+def block_with(skip):
+    """An encoder block's gradients, the second skip path's taken ``skip`` times."""
+
+    def answer(dout, x, params, n_heads, mask=None, norm="post"):
+        reference = catalogue.find("encoder_block_backward").reference
+        whole, grads = reference(dout, x, params, n_heads, mask, norm)
+        lost, without = second_residual_forgotten(dout, x, params, n_heads, mask, norm)
+        mixed = {n: skip * grads[n] + (1 - skip) * without[n] for n in grads}
+        return skip * whole + (1 - skip) * lost, mixed
+
+    return answer
+
+
+def second_residual_forgotten(*args):
+    mistakes = catalogue.find("encoder_block_backward").mistakes
+    return next(m for m in mistakes if m.name == "second residual forgotten").answer(*args)
+
+
+def test_encoder_block_backward_names_its_first_wrong_intermediate():
+    judged = verdict(catalogue.find("encoder_block_backward"), block_with(0.37), 41)
+    assert judged.diagnosis.mistake is None
+    first, parts, gradient = judged.diagnosis.observations[:3]
+    assert first == (
+        "first wrong on the way: dffn and dhidden are right; solved from grads['self_attn.wo'], "
+        "dattn is off, or the step from it to grads['self_attn.wo'] is"
+    )
+    assert parts == (
+        "linear1, linear2 and norm2 are right in every case, only dx, self_attn and norm1 not"
+    )
+    assert re.fullmatch(
+        r"the first wrong one on the way back is grads\['norm1.weight'\], off by up to [\d.]+ % "
+        "of its largest entry",
+        gradient,
+    )
+
+
+FIRST_WRONG = {
+    1: "grads['norm1.gamma']",
+    2: "grads['ffn.w2']",
+    3: "grads['self_attn.wv']",
+    4: "grads['norm1.gamma']",
+    5: "grads['cross_attn.wo']",
+}
+
+
+@pytest.mark.parametrize("number", FIRST_WRONG)
+def test_a_block_as_handed_out_is_told_so_and_what_is_right_in_it(number):
+    exercise = catalogue.find(f"hunt_{number}")
+    judged = verdict(exercise, hunt.BLOCKS[number][1], 41)
+    assert judged.diagnosis.mistake == "the bug is still there"
+    right, first = judged.diagnosis.observations[:2]
+    assert "right in every case, only" in right
+    assert first.startswith(f"the first wrong one on the way back is {FIRST_WRONG[number]}, off by")
+    told = feedback.text(judged)
+    assert len(told.splitlines()) <= 15
+    assert first.split(",")[0] in told.replace("\n    ", " ")
+    assert escape(first) in feedback.html(judged, exercise)
+    # Its cases differ in size: none of them says what the mistake is about.
+    assert judged.cases_passed == ()
+
+
+def test_block_6_as_handed_out_is_told_which_argument_it_changes():
+    judged = verdict(catalogue.find("hunt_6"), hunt.BLOCKS[6][1], 41)
+    assert judged.diagnosis.mistake == "the bug is still there"
+    assert judged.mismatch.kind == "mutated"
+    assert judged.mismatch.output == "dout"
+    assert judged.cases_passed == ()
 
 
 def leafwise(change):

@@ -113,6 +113,8 @@ def _outputs(exercise: Exercise, seen: Sequence[Look], failing: Sequence[Look]) 
     if not paired:
         return
     names = list(dict.fromkeys(name for look in paired for name in look.values))
+    if exercise.order:  # a gradient that is 0 on paper, such as a key's bias's, says nothing
+        names = [name for name in names if any(look.values[name][1].any() for look in paired)]
     wrong = [name for name in names if any(_is_wrong(exercise, look, name) for look in paired)]
     swapped = list(_swapped(wrong, exercise, paired))
     yield from swapped
@@ -125,10 +127,22 @@ def _outputs(exercise: Exercise, seen: Sequence[Look], failing: Sequence[Look]) 
         )
     if len(wrong) > 1 and set(wrong) <= set(exercise.order):
         wrong = sorted(wrong, key=exercise.order.index)[:1]
-        yield f"the first wrong one on the way back is {wrong[0]}"
+        yield f"the first wrong one on the way back is {wrong[0]}{_by_how_much(wrong[0], paired)}"
     if not swapped:
         for name in wrong:
             yield from about(name, exercise, paired)
+
+
+def _by_how_much(name: str, paired: Sequence[Look]) -> str:
+    pairs = [look.values[name] for look in paired]
+    if any(got.shape != want.shape or not np.isfinite(got).all() for got, want in pairs):
+        return ""
+    shares = [
+        float(compare.difference(got, want).max()) / compare.largest(want)
+        for got, want in pairs
+        if want.size and compare.largest(want) > 0
+    ]
+    return f", off by up to {compare.number(100 * max(shares))} % of its largest entry"
 
 
 def _in_parts(chosen: Sequence[str], names: Sequence[str]) -> list[str]:

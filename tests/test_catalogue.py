@@ -22,7 +22,6 @@ from answers import (  # noqa: F401
     ch05_positions,
     ch06_residual_layernorm,
     ch07_encoder,
-    ch11_control,
 )
 
 from attn_lessons import hunt

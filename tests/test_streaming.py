@@ -743,6 +743,10 @@ def test_transformers_35350_positions_go_on_counting_after_eviction():
         again = rope(k[:, :, seen], np.arange(window))
         query = rope(q[:, :, [t]], window - 1)
         agree(attention_forward(query, again, v[:, :, seen])[0], want[:, :, [t]])
+        # The kept ones alone, while query and new key stay at t: the distances are mixed up.
+        again[:, :, -1] = rope(k[:, :, t], t)
+        mixed, _ = attention_forward(rope(q[:, :, [t]], t), again, v[:, :, seen])
+        assert largest(mixed - want[:, :, [t]]) > 0.01
 
 
 # --- inputs and errors ----------------------------------------------------------------------------

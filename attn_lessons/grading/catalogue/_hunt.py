@@ -103,7 +103,7 @@ Sizes = tuple[str, tuple[int, int, int, int, int], str]
 
 SIZES: tuple[Sizes, ...] = (
     ("one sentence", (1, 4, 2, 3, 5), "B = 1, N = 4, two heads of width 3, F = 5."),
-    ("a batch", (3, 5, 2, 4, 7), "B 3, N 5, H 2, d 4, C 8, F 7: all different."),
+    ("a batch", (4, 5, 2, 3, 7), "B 4, N 5, H 2, d 3, C 6, F 7: all different."),
     ("three heads", (2, 4, 3, 1, 5), "B 2, N 4, H 3, d 1, F 5."),
     ("many tokens", (2, 6, 2, 2, 3), "More tokens than columns."),
     ("one head", (2, 3, 1, 4, 5), "H = 1."),

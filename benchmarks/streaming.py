@@ -10,17 +10,18 @@ chapter 10's words they are streamed (one token in, one out, the past in a state
 - ``complexity``: seconds and peak memory over n, streamed and trained, with slopes of straight
   lines through their logarithms: the exponent of n;
 - ``sequential``: a forward pass over the same number of tokens, cut into ever longer sequences:
-  what grows with their length is what cannot run side by side;
+  where the work is the same, what grows with their length is what cannot run side by side;
 - ``path``: layers, or steps, until the first token's gradient from the last one's output is not 0;
 - ``prefill``: a prompt in chunks: time and peak memory by the chunk's size;
 - ``torch``: a decoding step of the library beside one with torch's own attention.
 
 Times are processor seconds of the one thread that works, so that a busy machine's waiting is not in
 them. A round times every layer at every length once; what is reported is the median over rounds,
-for a slope the median of the rounds' slopes. Peak memory is a fresh process's: its high water mark,
-reset before the call, minus what was resident then; inputs and weights are not in it, outputs and
-gradients are. Run as ``python benchmarks/streaming.py`` (some minutes); ``--quick`` prints small
-sizes and writes nothing.
+for a slope the median of the rounds' slopes. For training the exponents are given also without the
+system's share of the seconds, which is the handing out of fresh memory for large arrays. Peak
+memory is a fresh process's: its high water mark, reset before the call, minus what was resident
+then; inputs and weights are not in it, outputs and gradients are. Run as
+``python benchmarks/streaming.py`` (some minutes); ``--quick`` prints small sizes, writes nothing.
 """
 
 from __future__ import annotations
@@ -32,6 +33,7 @@ import gc
 import json
 import math
 import os
+import resource
 import statistics
 import subprocess
 import sys
@@ -205,10 +207,17 @@ class Times:
     def __init__(self, steps: Mapping[Cell, Step], seconds: float, least: int = 5) -> None:
         calls = {cell: _calls(step) for cell, step in steps.items()}
         self.rounds: list[dict[Cell, float]] = []
+        self.cells = list(steps)
+        self.user = dict.fromkeys(steps, 0.0)
         end = time.perf_counter() + seconds
         while len(self.rounds) < least or time.perf_counter() < end:
-            self.rounds.append({cell: timed(step, calls[cell]) for cell, step in steps.items()})
-        self.cells = list(steps)
+            taken = {}
+            for cell, step in steps.items():
+                begun = resource.getrusage(resource.RUSAGE_SELF).ru_utime
+                taken[cell] = timed(step, calls[cell])
+                spent = resource.getrusage(resource.RUSAGE_SELF).ru_utime - begun
+                self.user[cell] += spent / calls[cell]
+            self.rounds.append(taken)
 
     def table(self) -> dict[str, dict[str, float]]:
         """Medians over the rounds, by kind and length."""
@@ -225,6 +234,22 @@ class Times:
             ends = sorted(n for of, n in self.cells if of == kind)[-FITTED:]
             each = [slope({n: times[kind, n] for n in ends}) for times in self.rounds]
             found[kind] = round(statistics.median(each), 2)
+        return found
+
+    def user_slopes(self) -> dict[str, float]:
+        """The same without the system's share: what it takes to hand out fresh pages."""
+        table: dict[str, dict[str, float]] = {}
+        for (kind, n), seconds in self.user.items():
+            table.setdefault(kind, {})[str(n)] = seconds
+        return slopes(table)
+
+    def system_share(self) -> dict[str, float]:
+        """By kind, the system's part of all seconds at the largest length."""
+        found: dict[str, float] = {}
+        for kind in dict.fromkeys(kind for kind, _ in self.cells):
+            cell = kind, max(n for of, n in self.cells if of == kind)
+            total = sum(each[cell] for each in self.rounds)
+            found[kind] = round(max(1 - self.user[cell] / total, 0.0), 2)
         return found
 
 
@@ -387,6 +412,8 @@ def complexity(lengths: Iterable[int], long: Iterable[int], seconds: float) -> d
             "rounds": len(train.rounds),
             "seconds": train.table(),
             "slope_of_seconds": train.slopes(),
+            "slope_of_user_seconds": train.user_slopes(),
+            "system_share_at_the_largest": train.system_share(),
             "peak_bytes": trained_in,
             "slope_of_peak_bytes": slopes(trained_in),
         },

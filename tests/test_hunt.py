@@ -18,7 +18,11 @@ EXACT = 1e-10
 NORM1, NORM2 = ("norm1.gamma", "norm1.beta"), ("norm2.gamma", "norm2.beta")
 ATTENTION = tuple(f"self_attn.{n}" for n in ("wq", "wk", "wv", "wo", "bq", "bk", "bv", "bo"))
 
-# What comes back wrong from each block, all else being right.
+# What comes back wrong from each block, all else being right. Each mistake is of a kind that has
+# been reported in public: a lost skip gradient (entrenar#313), a shared parameter's gradient
+# assigned, not added (caffe#3254), heads tiled where they are repeated (onnx#7274, a forward pass),
+# a layer's output kept in place of its input (trinity#571), a mask that the backward pass ignores
+# (pytorch#27461), and a backward pass that works in place on what it is given (Liger-Kernel#254).
 WRONG = {
     1: {"dx", *ATTENTION, *NORM1},
     2: "all but dx",

@@ -144,15 +144,15 @@ def rnn_forward(
     x, h, wx, wh, b = _sequence_inputs(x, {"h0": h0}, wx, wh, b, 1)
     x, held = _without_padding(x, lengths)
     h0 = h
-    h_all = _all_steps(x, wx, b, h)  # z, until a step makes it h
+    h_all = _all_steps(x, wx, b, h, wh)  # z, until a step makes it h
     for t, z in enumerate(h_all):
         z += h @ wh
         np.tanh(z, out=z)
         if held is not None:
             np.copyto(z, h, where=held[:, t, None])
         h = z
-    h_all = h_all.swapaxes(0, 1)
-    return h_all, _rnn_cached(x, h0, wx, wh, h_all, held)
+    cache = _rnn_cached(x, h0, wx, wh, h_all, held)
+    return cache.h_all, cache
 
 
 @_quiet
@@ -189,10 +189,12 @@ def rnn_backward_cached(
     Source: Werbos 1990; truncated: Williams & Peng 1990.
     """
     x, h0, wx, wh, h_all, held = cache
-    dh_all = _checked("dh_all", dh_all, h_all.shape, f"to match h_all {h_all.shape}")
+    why, truncate = f"to match h_all {h_all.shape}", _every(truncate)
+    dh_all = _checked("dh_all", dh_all, h_all.shape, why)
     dh = np.zeros(h0.shape, np.result_type(dh_all, h_all))
     h_all = h_all.swapaxes(0, 1)
-    dz = _one_minus_square(h_all).astype(dh.dtype, copy=False)  # tanh′, until its step
+    # tanh′, until a step makes it dz:
+    dz = _one_minus_square(h_all).astype(dh.dtype, copy=False)
     if held is not None:
         dz[held.T] = 0
     for t in reversed(range(len(dz))):
@@ -390,8 +392,9 @@ def lstm_forward(
     x, h, c, wx, wh, b = _sequence_inputs(x, {"h0": h0, "c0": c0}, wx, wh, b, 4)
     x, held = _without_padding(x, lengths)
     h0, c0 = h, c
-    gates = _all_steps(x, wx, b, h, c)  # z, until a step makes them gates
-    c_all, tanh_c, h_all = np.empty((3, *gates.shape[:2], h.shape[1]), gates.dtype)
+    gates = _all_steps(x, wx, b, h, c, wh)  # z, until a step opens them
+    shape = (3, *gates.shape[:2], h.shape[1])
+    c_all, tanh_c, h_all = np.empty(shape, gates.dtype)
     for t, z in enumerate(gates):
         z += h @ wh
         i, f, g, o = _split_gates(_activated(z))
@@ -402,9 +405,9 @@ def lstm_forward(
             np.copyto(h_all[t], h, where=held[:, t, None])
             np.copyto(c_all[t], c, where=held[:, t, None])
         h, c = h_all[t], c_all[t]
-    gates, c_all, tanh_c, h_all = (a.swapaxes(0, 1) for a in (gates, c_all, tanh_c, h_all))
-    cache = _lstm_cached(x, h0, c0, wx, wh, gates, c_all, tanh_c, h_all, held)
-    return h_all, c.astype(gates.dtype), cache
+    steps = gates, c_all, tanh_c, h_all
+    cache = _lstm_cached(x, h0, c0, wx, wh, *steps, held)
+    return cache.h_all, c.astype(gates.dtype), cache
 
 
 @_quiet
@@ -442,18 +445,21 @@ def lstm_backward_cached(
     gates as in Hochreiter & Schmidhuber 1997.
     """
     x, h0, c0, wx, wh, _, _, _, h_all, held = cache
-    dh_all = _checked("dh_all", dh_all, h_all.shape, f"to match h_all {h_all.shape}")
+    why, truncate = f"to match h_all {h_all.shape}", _every(truncate)
+    dh_all = _checked("dh_all", dh_all, h_all.shape, why)
     dc = np.zeros_like(c0) if dc_last is None else dc_last
     dc = _checked("dc_last", dc, c0.shape, f"to match c0 {c0.shape}")
     dtype = np.result_type(dh_all, dc, h_all)
-    forget, to_cell, dz = _local_slopes(cache, dtype)  # slopes, until their step
+    # Slopes, until a step makes them dz:
+    forget, to_cell, dz = _local_slopes(cache, dtype)
     dh, dc = np.zeros(h0.shape, dtype), dc.astype(dtype)
     for t in reversed(range(len(dz))):
         dh = dh + dh_all[:, t]
         dc = dc + dh * to_cell[t]
         dz[t, :, :3] *= dc[:, None]
         dz[t, :, 3] *= dh
-        dh = _carried(dz[t].reshape(len(dh), wh.shape[1]) @ wh.T, dh, held, t)
+        dh_before = dz[t].reshape(len(dh), wh.shape[1]) @ wh.T
+        dh = _carried(dh_before, dh, held, t)
         dc = dc * forget[t]
         if _is_cut(t, truncate):
             dh, dc = np.zeros_like(dh), np.zeros_like(dc)
@@ -810,7 +816,11 @@ def _one_minus_square(y):
 
 def _is_cut(t: int, truncate: int | None) -> bool:
     """Whether the step from t to t - 1 crosses a multiple of ``truncate``; h0 is its own start."""
-    return truncate is not None and t > 0 and t % as_count("truncate", truncate, 1) == 0
+    return truncate is not None and t > 0 and t % truncate == 0
+
+
+def _every(truncate: SupportsIndex | None) -> int | None:
+    return None if truncate is None else as_count("truncate", truncate, 1)
 
 
 def _all_steps(x, wx, b, *states):
@@ -958,11 +968,11 @@ def _rnn_cached(
     h0: Float[np.ndarray, "B H"],
     wx: Float[np.ndarray, "D H"],
     wh: Float[np.ndarray, "H H"],
-    h_all: Float[np.ndarray, "B T H"],
+    h_all: Float[np.ndarray, "T B H"],
     held: Bool[np.ndarray, "B T"] | None,
 ) -> RNNCache:
     # jaxtyping checks a function's arguments, not a NamedTuple's fields.
-    return RNNCache(x, h0, wx, wh, h_all, held)
+    return RNNCache(x, h0, wx, wh, h_all.swapaxes(0, 1), held)
 
 
 def _lstm_cached(
@@ -971,10 +981,11 @@ def _lstm_cached(
     c0: Float[np.ndarray, "B H"],
     wx: Float[np.ndarray, "D H4"],
     wh: Float[np.ndarray, "H H4"],
-    gates: Float[np.ndarray, "B T H4"],
-    c_all: Float[np.ndarray, "B T H"],
-    tanh_c: Float[np.ndarray, "B T H"],
-    h_all: Float[np.ndarray, "B T H"],
+    gates: Float[np.ndarray, "T B H4"],
+    c_all: Float[np.ndarray, "T B H"],
+    tanh_c: Float[np.ndarray, "T B H"],
+    h_all: Float[np.ndarray, "T B H"],
     held: Bool[np.ndarray, "B T"] | None,
 ) -> LSTMCache:
+    gates, c_all, tanh_c, h_all = (a.swapaxes(0, 1) for a in (gates, c_all, tanh_c, h_all))
     return LSTMCache(x, h0, c0, wx, wh, gates, c_all, tanh_c, h_all, held)

@@ -13,7 +13,9 @@ which it was first right; the lags of 200 and more are run with one seed. Beside
 of the state's Jacobian by lag before and after training, and of the loss's gradient by each input
 before it.
 
-Run as ``python benchmarks/recurrent.py``; ``--quick`` prints a short run and writes nothing.
+Run as ``python benchmarks/recurrent.py``; ``--times`` measures the LSTM's time alone, with one
+thread on either side, and puts it into the results; ``--quick`` prints a short run and writes
+nothing.
 Finished runs are kept in ``results/recurrent.partial.jsonl`` until all are there, so an interrupted
 one goes on.
 """
@@ -322,9 +324,14 @@ SECONDS = 4.0
 
 
 def compared(shape: tuple[int, ...], dtype: str, seconds: float) -> dict[str, Any]:
-    """Forward and backward of one LSTM layer, ours and nn.LSTM's, in turn."""
+    """Forward and backward of one LSTM layer, ours and nn.LSTM's, in turn, on one thread each.
+
+    With more, whoever shares the machine decides: threads that wait for each other spin.
+    """
     import torch
 
+    one_thread()
+    torch.set_num_threads(1)
     b, t, d, h = shape
     rng = np.random.default_rng(0)
     x, dh_all = (rng.normal(size=(b, t, n)).astype(dtype) for n in (d, h))
@@ -358,6 +365,7 @@ def compared(shape: tuple[int, ...], dtype: str, seconds: float) -> dict[str, An
     return {
         "shape": dict(zip("BTDH", shape, strict=True)),
         "dtype": dtype,
+        "threads": 1,
         "rounds": len(rounds),
         "seconds": {
             side: float(f"{statistics.median(r[side] for r in rounds):.3g}")
@@ -365,6 +373,13 @@ def compared(shape: tuple[int, ...], dtype: str, seconds: float) -> dict[str, An
         },
         "numpy_over_torch": round(statistics.median(r["numpy"] / r["torch"] for r in rounds), 2),
     }
+
+
+def times() -> dict[str, Any]:
+    where = machine.machine()
+    runs = [compared(s, dtype, SECONDS) for dtype in ("float32", "float64") for s in SHAPES]
+    print(*runs, sep="\n", flush=True)
+    return {"load_before": where["load_before"], "runs": runs}
 
 
 def timed(step: Callable[[], Any]) -> float:
@@ -428,14 +443,20 @@ def best_rates() -> tuple[dict[tuple[str, str], float], list[dict[str, Any]]]:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--quick", action="store_true", help="a few short runs, nothing written")
-    if parser.parse_args().quick:
+    parser.add_argument("--times", action="store_true", help="only the LSTM beside torch's")
+    chosen = parser.parse_args()
+    if chosen.times:
+        path = machine.RESULTS / "recurrent.json"
+        result = json.loads(path.read_text(encoding="utf-8")) | {"lstm_forward_backward": times()}
+        path.write_text(json.dumps(result, indent=2) + "\n", encoding="utf-8")
+        return
+    if chosen.quick:
         for name in MODELS:
             print(json.dumps(run(name, "adding", 10, 0, 3e-3, updates=100)))
         print(json.dumps(compared(SHAPES[0], "float32", 0.5)))
         return
     where, begun = machine.machine(), time.perf_counter()
-    timings = [compared(s, dtype, SECONDS) for dtype in ("float32", "float64") for s in SHAPES]
-    print(*timings, sep="\n", flush=True)
+    timings = times()
     rates, tried = best_rates()
     runs = all_runs(
         [

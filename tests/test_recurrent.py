@@ -587,6 +587,18 @@ def test_dtype_stays(kind, dtype):
 
 
 @each_kind
+def test_one_float64_argument_makes_all_float64(kind):
+    up, given = problem(kind, np.random.default_rng(17), dtype=np.float32)
+    for name in given:
+        mixed = given | {name: given[name].astype(float)}
+        wide = {n: a.astype(float) for n, a in given.items()}
+        for got, want in zip(forward(kind, mixed), forward(kind, wide), strict=True):
+            assert got.dtype == np.float64, name
+            agree(got, want, 1e-5)
+        assert {g.dtype for g in backward(kind, up, mixed).values()} == {np.dtype(float)}
+
+
+@each_kind
 def test_integers_become_float64(kind):
     up, given = problem(kind, np.random.default_rng(18))
     whole = [{n: np.round(2 * a).astype(int) for n, a in part.items()} for part in (up, given)]
@@ -972,6 +984,11 @@ BAD = [
         lstm_backward_cached,
         {"dh_all": ONES((2, 5, 4)), "cache": LSTM_CACHE, "truncate": -1},
         "truncate: expected at least 1; got -1",
+    ),
+    (
+        rnn_backward,
+        {"dh_all": ONES((2, 1, 4)), "truncate": 0} | R | {"x": ONES((2, 1, 3))},
+        "truncate: expected at least 1; got 0",
     ),
     (gradient_norm_by_lag, (np.eye(3), ONES(3)), r"h_all: .*\(T, H\) or \(B, T, H\); got \(3,\)"),
     (gradient_norm_by_lag, (np.eye(4), ONES((2, 3))), r"wh: .*\(3, 3\) to match h_all \(2, 3\)"),

@@ -22,6 +22,7 @@ from answers import (  # noqa: F401
     ch05_positions,
     ch06_residual_layernorm,
     ch07_encoder,
+    ch08_training,
     ch10_streaming,
 )
 
@@ -156,6 +157,16 @@ def test_the_exercises_are_those_of_the_book():
         "tied_output_backward",
         *(f"hunt_{number}" for number in range(1, 7)),
     ]
+    assert found["ch08_training"] == [
+        "sgd_step",
+        "adamw_step",
+        "model_adamw_step",
+        "clip_by_global_norm",
+        "warmup_inverse_sqrt",
+        "warmup_cosine",
+        "accumulate_gradients",
+        "padded_cross_entropy",
+    ]
     assert found["ch10_streaming"] == [
         "kv_cache_bytes",
         "ring_positions",
@@ -287,6 +298,20 @@ def test_mistakes_named_in_the_list_of_exercises_are_there():
         "embedding_backward": ["assignment instead of accumulation"],
         "padded_embedding_backward": ["padding row not zeroed"],
         "tied_output_backward": ["output's contribution only", "embedding's contribution only"],
+        "adamw_step": [
+            "L2 in the moments",
+            "no bias correction",
+            "decay on the updated weight",
+            "eps inside the root",
+            "step off by one",
+        ],
+        "clip_by_global_norm": [
+            "per tensor",
+            "scaled up when below",
+            "scaled where the norm is not finite",
+        ],
+        "warmup_inverse_sqrt": ["off by one", "discontinuous at the join"],
+        "warmup_cosine": ["off by one", "discontinuous at the join"],
         "condense": ["first input not applied"],
         "mpc_qp": [
             "factor 2",
@@ -350,7 +375,7 @@ def test_the_oracle_agrees_with_the_library(exercise, seed):
             if isinstance(leaf.want, str) or leaf.want is None:
                 assert leaf.got == leaf.want, case.name
                 continue
-            single = any(getattr(a, "dtype", None) == np.float32 for a in case.args)
+            single = any(a.dtype == np.float32 for a in compare._floats(case))
             limit = 1e-6 if single else MEASURED if measured else AGREEMENT
             off = compare.difference(leaf.got, leaf.want).max(initial=0)
             assert off <= limit * max(compare.largest(leaf.want), 1e-3), case.name

@@ -1100,6 +1100,7 @@ CLIP_BY_GLOBAL_NORM = Exercise(
             CLIPPING,
             _shortened(factor=lambda norm, limit: limit / norm if limit < np.inf else 1.0),
             _shortened(factor=lambda norm, limit: limit / norm),
+            _shortened(factor=lambda norm, limit: limit / norm, guarded=False),
         ),
         *named(
             "scaled where the norm is not finite",
@@ -1141,24 +1142,30 @@ CLIP_BY_GLOBAL_NORM = Exercise(
             "The norm is the root of the sum of squares.",
             CLIPPING,
             _shortened(norm=lambda grads: _global(grads) ** 2),
+            _shortened(norm=lambda grads: _global(grads) ** 2, guarded=False),
         ),
         *named(
             "lengths added",
             "Lengths add up as squares: √(‖a‖² + ‖b‖²), not ‖a‖ + ‖b‖.",
             CLIPPING,
             _shortened(norm=lambda grads: sum(_lengths(grads).values())),
+            _shortened(norm=lambda grads: sum(_lengths(grads).values()), guarded=False),
         ),
         *named(
             "the longest gradient's norm",
             "The norm is that of all gradients together.",
             CLIPPING,
             _shortened(norm=_norm_of_the_largest),
+            _shortened(norm=_norm_of_the_largest, guarded=False),
         ),
         *named(
             "the largest entry as norm",
             "The norm is Euclidean, the root of the sum of squares of all entries.",
             CLIPPING,
             _shortened(norm=lambda grads: max(np.abs(g).max() for g in grads.values())),
+            _shortened(
+                norm=lambda grads: max(np.abs(g).max() for g in grads.values()), guarded=False
+            ),
         ),
         *named(
             "norm after clipping",
@@ -1171,6 +1178,7 @@ CLIP_BY_GLOBAL_NORM = Exercise(
             "The clipped length is max_norm, not 1.",
             CLIPPING,
             _shortened(factor=lambda norm, limit: 1 / norm if norm > limit else 1.0),
+            _shortened(factor=lambda norm, limit: 1 / norm if norm > limit else 1.0, guarded=False),
         ),
     ),
 )
@@ -1406,13 +1414,16 @@ WARMUP_COSINE = Exercise(
             "0 there.",
             COSINE,
             _cosine_with(part=lambda t, w, total: min(t / total, 1.0)),
+            _cosine_with(part=lambda t, w, total: t / total),
             _cosine_with(part=lambda t, w, total: min(t / (total - w), 1.0)),
+            _cosine_with(part=lambda t, w, total: t / (total - w)),
         ),
         *named(
             "steps down counted to total",
             "The way down has T - w steps: it ends at step = total, and not w steps later.",
             COSINE,
             _cosine_with(part=lambda t, w, total: min((t - w) / total, 1.0)),
+            _cosine_with(part=lambda t, w, total: (t - w) / total),
         ),
         *named(
             "floor forgotten",
@@ -1796,37 +1807,59 @@ def _padded_with(
     return answer
 
 
-def _diluted_smoothing(logits, targets, label_smoothing=0.0, ignore_index=-100):
-    """The uniform part over all rows, over the number of those that count."""
-    loss, dlogits = _padded_with()(logits, targets, 0.0, ignore_index)
-    kept = targets != ignore_index
-    k, n, eps = logits.shape[1], max(kept.sum(), 1), label_smoothing
+def _also_unguarded(**wrong: Any) -> tuple[Answer, Answer]:
+    """The same mistake by those who thought of n = 0 and by those who did not."""
+    return _padded_with(**wrong), _padded_with(**wrong, guarded=False)
+
+
+def _log_probs(logits: Array) -> Array:
     z = np.asarray(logits, float)
     far = z - z.max(axis=1, keepdims=True)
-    logp = far - np.log(np.exp(far).sum(axis=1, keepdims=True))
-    uniform = -logp.mean(axis=1).sum() / n
-    duniform = (np.exp(logp) - 1 / k) / n
-    return (1 - eps) * loss + eps * uniform, (1 - eps) * dlogits + eps * duniform
+    return far - np.log(np.exp(far).sum(axis=1, keepdims=True))
 
 
-def _diluted_loss(logits, targets, label_smoothing=0.0, ignore_index=-100):
-    loss, _ = _diluted_smoothing(logits, targets, label_smoothing, ignore_index)
-    return loss, _padded_with()(logits, targets, label_smoothing, ignore_index)[1]
+def _diluted(
+    loss: bool = True, gradient: bool = True, guarded: bool = True, over_all: bool = False
+) -> Answer:
+    """The uniform part summed over all rows, over the number of those that count or of all."""
+
+    def answer(logits, targets, label_smoothing=0.0, ignore_index=-100):
+        right = _padded_with(guarded=guarded)
+        hard, dhard = right(logits, targets, 0.0, ignore_index)
+        value, dlogits = right(logits, targets, label_smoothing, ignore_index)
+        rows = len(logits) if over_all else (targets != ignore_index).sum()
+        n = np.float64(max(rows, 1) if guarded else rows)
+        logp, eps = _log_probs(logits), label_smoothing
+        if loss:
+            value = (1 - eps) * hard - eps * logp.mean(axis=1).sum() / n
+        if gradient:
+            dlogits = (1 - eps) * dhard + eps * (np.exp(logp) - 1 / logp.shape[1]) / n
+        return value, dlogits
+
+    return answer
 
 
-def _uniform_over_all(logits, targets, label_smoothing=0.0, ignore_index=-100):
-    """The uniform part as a mean over all rows, the target's as a mean over those that count."""
-    loss, dlogits = _padded_with()(logits, targets, 0.0, ignore_index)
-    everything = np.zeros(len(logits), int)
-    uniform, duniform = _padded_with()(logits, everything, 1.0, -100)
-    eps = label_smoothing
-    return (1 - eps) * loss + eps * uniform, (1 - eps) * dlogits + eps * duniform
+def _uniform_target_kept(guarded: bool, divisor: Callable[[Array], Any]) -> Answer:
+    """q = (1 - ε) one-hot + ε/K with an empty one-hot where a row is padding."""
+
+    def answer(logits, targets, label_smoothing=0.0, ignore_index=-100):
+        kept, logp = targets != ignore_index, _log_probs(logits)
+        q = np.full(logp.shape, label_smoothing / logp.shape[1])
+        q[kept, targets[kept]] += 1 - label_smoothing
+        n = np.float64(max(divisor(kept), 1) if guarded else divisor(kept))
+        return -(q * logp).sum() / n, (np.exp(logp) - q) / n
+
+    return answer
 
 
 def _hard_coded(logits, targets, label_smoothing=0.0, ignore_index=-100):
     k = np.shape(logits)[1]
     taken = np.where(targets == -100, -100, targets % k)
     return _padded_with()(logits, taken, label_smoothing, -100)
+
+
+def _count(kept: Array) -> Any:
+    return kept.sum()
 
 
 def _all_rows(kept: Array) -> int:
@@ -1852,9 +1885,17 @@ PADDED_CROSS_ENTROPY = Exercise(
             "The uniform part is a mean over the rows that count, like the target's part; summed "
             "over all rows, padding is learnt from.",
             SMOOTHING,
-            _diluted_smoothing,
-            _diluted_loss,
-            _uniform_over_all,
+            *(_diluted(guarded=g) for g in (True, False)),
+            *(_diluted(gradient=False, guarded=g) for g in (True, False)),
+            *(_diluted(loss=False, guarded=g) for g in (True, False)),
+            *(_diluted(over_all=True, guarded=g) for g in (True, False)),
+        ),
+        *named(
+            "padding keeps the uniform part",
+            "A row that does not count has no target at all, neither the class's part nor ε/K of "
+            "the others, and no gradient: left in, its p - q is nearly p.",
+            SMOOTHING,
+            *(_uniform_target_kept(g, n) for g in (True, False) for n in (_count, _all_rows)),
         ),
         *named(
             "divided by all rows",
@@ -1862,14 +1903,14 @@ PADDED_CROSS_ENTROPY = Exercise(
             "smaller steps.",
             SMOOTHING,
             _padded_with(n=_all_rows),
-            _padded_with(n=_all_rows, dn=lambda kept: kept.sum()),
-            _padded_with(dn=_all_rows),
+            *_also_unguarded(n=_all_rows, dn=lambda kept: kept.sum()),
+            *_also_unguarded(dn=_all_rows),
         ),
         *named(
             "ignored rows get a gradient",
             "A row that does not count in the loss has gradient 0.",
             SMOOTHING,
-            _padded_with(dcounted=_every_row),
+            *_also_unguarded(dcounted=_every_row),
         ),
         *named(
             "padding counts",
@@ -1896,25 +1937,25 @@ PADDED_CROSS_ENTROPY = Exercise(
             "ε is spread over all K classes, the target's included, as in Szegedy et al. 2016 and "
             "in torch.",
             SMOOTHING,
-            _padded_with(share=lambda k, eps, one: (1 - eps) * one + eps * (1 - one) / (k - 1)),
+            *_also_unguarded(share=lambda k, eps, one: (1 - eps) * one + eps * (1 - one) / (k - 1)),
         ),
         *named(
             "smoothing forgotten",
             "With label smoothing the targets are (1 - ε) one-hot + ε/K.",
             SMOOTHING,
-            _padded_with(share=lambda k, eps, one: one),
+            *_also_unguarded(share=lambda k, eps, one: one),
         ),
         *named(
             "smoothing forgotten in the gradient",
             "dlogits = (p - q)/n with the smoothed q.",
             SMOOTHING,
-            _padded_with(dshare=lambda k, eps, one: one),
+            *_also_unguarded(dshare=lambda k, eps, one: one),
         ),
         *named(
             "gradient not divided",
             "The loss is a mean over the n rows that count, so the gradient is divided by n.",
             SMOOTHING,
-            _padded_with(dn=lambda kept: 1),
+            *_also_unguarded(dn=lambda kept: 1),
         ),
         *named(
             "summed over the rows",
@@ -1926,7 +1967,7 @@ PADDED_CROSS_ENTROPY = Exercise(
             "smoothing without 1 - ε",
             "What is given to the other classes is taken from the target: (1 - ε) one-hot + ε/K.",
             SMOOTHING,
-            _padded_with(share=lambda k, eps, one: one + eps / k),
+            *_also_unguarded(share=lambda k, eps, one: one + eps / k),
         ),
     ),
 )

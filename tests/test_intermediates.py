@@ -131,6 +131,7 @@ def test_factors_come_back():
         np.ones((4, 6)),  # rank 1: many factors
         np.random.default_rng(0).normal(size=(6, 4)),  # more rows than columns
         np.ones((0, 4)),
+        np.zeros((2, 4)),  # any factor gives 0
         np.full((2, 4), np.nan),
     ],
 )

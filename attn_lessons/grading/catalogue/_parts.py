@@ -49,7 +49,7 @@ def left_factor(product: np.ndarray, right: np.ndarray) -> np.ndarray | None:
     if not (np.isfinite(product).all() and np.isfinite(right).all()):
         return None
     stretch = np.linalg.svd(right, compute_uv=False)
-    if right.shape[-2] > right.shape[-1] or (stretch[..., -1] * CONDITION < stretch[..., 0]).any():
+    if right.shape[-2] > right.shape[-1] or (stretch[..., -1] * CONDITION <= stretch[..., 0]).any():
         return None
     factor = product @ np.linalg.pinv(right)
     off = np.abs(factor @ right - product).max()

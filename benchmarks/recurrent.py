@@ -375,11 +375,11 @@ def compared(shape: tuple[int, ...], dtype: str, seconds: float) -> dict[str, An
     }
 
 
-def times() -> dict[str, Any]:
-    where = machine.machine()
+def times() -> list[dict[str, Any]]:
+    load = machine.machine()["load_before"]
     runs = [compared(s, dtype, SECONDS) for dtype in ("float32", "float64") for s in SHAPES]
     print(*runs, sep="\n", flush=True)
-    return {"load_before": where["load_before"], "runs": runs}
+    return [run | {"load_before": load} for run in runs]
 
 
 def timed(step: Callable[[], Any]) -> float:

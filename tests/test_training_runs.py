@@ -27,6 +27,9 @@ from attn_lessons.transformer import (
     language_model_loss,
 )
 
+# Hundreds of steps: shapes are checked at run time in the other tests.
+pytestmark = pytest.mark.usefixtures("unchecked")
+
 BENCHMARKS = Path(__file__).resolve().parents[1] / "benchmarks"
 VOCABULARY, TOKENS = characters(topics_text())
 CLOSE = 1e-6
@@ -34,9 +37,12 @@ CLOSE = 1e-6
 
 @pytest.fixture(autouse=True)
 def one_thread():
-    """Two BLAS threads on two busy cores wait for each other, ten times as long as one works."""
+    """Two threads on two busy cores wait for each other, ten times as long as one works."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
     with threadpool_limits(1, "blas"):
         yield
+    torch.set_num_threads(before)
 
 
 def benchmark(name):

@@ -86,25 +86,32 @@ class Plant:
 def double_integrator(dt: float = 0.1) -> Plant:
     """A mass pushed along a line: x = (position, speed), u = acceleration.
 
-    Limits: |u| <= 1, |position| <= 5, |speed| <= 1.
+    Limits: ±1 for the push, ±5 for the position, ±1 for the speed.
     """
     a, b = discretise(np.array([[0.0, 1.0], [0.0, 0.0]]), np.array([[0.0], [1.0]]), dt)
     limit = np.array([5.0, 1.0])
     return Plant(
-        "double integrator",
-        *(a, b, np.diag([1.0, 0.1]), np.array([[0.1]])),
-        *(-np.ones(1), np.ones(1), -limit, limit),
-        dt,
-        np.full(2, 100.0),
+        name="double integrator",
+        a=a,
+        b=b,
+        q=np.diag([1.0, 0.1]),
+        r=np.array([[0.1]]),
+        u_min=-np.ones(1),
+        u_max=np.ones(1),
+        x_min=-limit,
+        x_max=limit,
+        dt=dt,
+        x_lost=np.full(2, 100.0),
     )
 
 
 def quadcopter() -> Plant:
-    """The linearised quadcopter of OSQP's documentation: 12 states, 4 rotors.
+    """The quadcopter of OSQP's documentation: 12 states, 4 rotors.
 
-    The numbers, and the order of the states, are the example's: its third entry is what it steers
-    to 1, its first two are limited to ±π/6 and its sixth to at least -1. The input is each rotor's
-    thrust less that of hovering, 10.5916; the thrust itself is from 9.6 to 13.
+    The numbers and the order of the states are the example's: its third
+    entry is what it steers to 1, its first two are limited to ±π/6 and
+    its sixth to at least -1. The input is each rotor's thrust less that
+    of hovering, 10.5916; the thrust itself is from 9.6 to 13.
 
     Source: OSQP documentation, example "Model predictive control".
     """
@@ -133,11 +140,17 @@ def quadcopter() -> Plant:
     x_min[[0, 1, 5]] = -np.pi / 6, -np.pi / 6, -1.0
     x_max[[0, 1]] = np.pi / 6
     return Plant(
-        "quadcopter",
-        *(a, b, np.diag([0, 0, 10.0, 10, 10, 10, 0, 0, 0, 5, 5, 5]), 0.1 * np.eye(4)),
-        *(np.full(4, 9.6 - hover), np.full(4, 13.0 - hover), x_min, x_max),
-        0.1,
-        np.full(12, 100.0),
+        name="quadcopter",
+        a=a,
+        b=b,
+        q=np.diag([0, 0, 10.0, 10, 10, 10, 0, 0, 0, 5, 5, 5]),
+        r=0.1 * np.eye(4),
+        u_min=np.full(4, 9.6 - hover),
+        u_max=np.full(4, 13.0 - hover),
+        x_min=x_min,
+        x_max=x_max,
+        dt=0.1,
+        x_lost=np.full(12, 100.0),
     )
 
 
@@ -189,11 +202,17 @@ def lane_keeping(
     a, b = discretise(flow, push, dt)
     x_max = np.array([0.8, np.inf, 0.1, np.inf])
     return Plant(
-        "lane keeping",
-        *(a, b, np.diag([1.0, 0.05, 2.0, 0.05]), np.array([[5.0]])),
-        *(np.full(1, -1.7), np.full(1, 1.7), -x_max, x_max),
-        dt,
-        np.array([3.5, 100.0, 0.8, 100.0]),
+        name="lane keeping",
+        a=a,
+        b=b,
+        q=np.diag([1.0, 0.05, 2.0, 0.05]),
+        r=np.array([[5.0]]),
+        u_min=np.full(1, -1.7),
+        u_max=np.full(1, 1.7),
+        x_min=-x_max,
+        x_max=x_max,
+        dt=dt,
+        x_lost=np.array([3.5, 100.0, 0.8, 100.0]),
     )
 
 
@@ -232,12 +251,18 @@ def cart_pole(
     a, b, _ = linearise(motion, np.zeros(4), np.zeros(1))
     x_max = np.array([1.0, np.inf, np.inf, np.inf])
     return Plant(
-        "cart-pole",
-        *(a, b, np.diag([1.0, 5.0, 0.1, 0.1]), np.array([[0.02]])),
-        *(np.full(1, -20.0), np.full(1, 20.0), -x_max, x_max),
-        dt,
-        np.array([2.5, np.pi / 2, 100.0, 100.0]),
-        motion,
+        name="cart-pole",
+        a=a,
+        b=b,
+        q=np.diag([1.0, 5.0, 0.1, 0.1]),
+        r=np.array([[0.02]]),
+        u_min=np.full(1, -20.0),
+        u_max=np.full(1, 20.0),
+        x_min=-x_max,
+        x_max=x_max,
+        dt=dt,
+        x_lost=np.array([2.5, np.pi / 2, 100.0, 100.0]),
+        motion=motion,
     )
 
 
@@ -303,7 +328,7 @@ def linearise(
     Shapes: x ``(..., X)``, u ``(..., U)``; returns A ``(..., X, X)``,
     B ``(..., X, U)`` and c ``(..., X)``.
 
-    Source: Squire & Trapp 1998, eq. (2.1).
+    Source: Squire & Trapp 1998.
     """
     x, u = as_float("x", x), as_float("u", u)
     n, tiny = x.shape[-1], 1e-30
@@ -372,7 +397,7 @@ def riccati_step(
 
     ValueError: shapes do not fit.
 
-    Source: Kalman 1960, eqs. (7.2)–(7.3) in discrete time.
+    Source: Rawlings, Mayne & Diehl 2017, section 1.3.
     """
     a, b = _model(a, b)
     p, q, r = _costs(a, b, p=p, q=q, r=r)
@@ -406,7 +431,7 @@ def riccati(
 
     ValueError: shapes do not fit; no input brings the state to rest.
 
-    Source: Anderson 1978; Chu, Fan, Lin & Wang 2004, algorithm 2.1.
+    Source: Anderson 1978; Chu, Fan, Lin & Wang 2004.
     """
     a, b = _model(a, b)
     h, r = _costs(a, b, q=q, r=r)
@@ -517,7 +542,7 @@ def soften(qp: QP, rows: Integer[np.ndarray, "S"] | Sequence[int], penalty: floa
 
     ValueError: penalty is not positive.
 
-    Source: Kerrigan & Maciejowski 2000, section 3.
+    Source: Kerrigan & Maciejowski 2000.
     """
     hessian, gradient, a, lower, upper = qp
     rows = np.asarray(rows, int)
@@ -565,7 +590,7 @@ def qp_residuals(
 
     ValueError: shapes do not fit.
 
-    Source: Stellato et al. 2020, eqs. (3)–(6).
+    Source: Stellato et al. 2020, section 2.
     """
     P, q, A = as_float("P", P), as_float("q", q), as_float("A", A)
     check_rank("A", A, "m n")
@@ -714,25 +739,32 @@ class _Planner:
 class LinearMPC(_Planner):
     """Model predictive control of the plant's linear model, on OSQP.
 
-    The program of mpc_qp is set up once. A step changes x(0) in it, solves from where the last
-    step ended, recomputes the residuals, and returns the first input of the plan: as a
-    ``Decision`` whose status is
+    The program of mpc_qp is set up once. A step changes x(0) in it,
+    solves from where the last step ended, recomputes the residuals, and
+    returns the first input of the plan, as a ``Decision`` whose status is
 
-    - ``solved``: OSQP says so, and neither residual is above ``accept``: the largest violation of
-      a row, and the largest entry of the gradient over one plus the largest multiplier;
-    - ``inaccurate`` where OSQP says solved and the residuals say otherwise, ``unfinished`` where
-      its iterations ran out, with ``: plan used`` as long as neither residual is above ``usable``;
-    - those two, or ``infeasible``, with what was applied instead: ``: next input of the last
-      plan``, or ``: clipped LQR`` where no plan is left.
+    - ``solved``: OSQP says so, and neither residual is above
+      ``accept``: the largest violation of a row, and the largest entry
+      of the gradient over one plus the largest multiplier;
+    - ``inaccurate`` where OSQP says solved and the residuals say
+      otherwise, ``unfinished`` where its iterations ran out, with
+      ``: plan used`` as long as neither is above ``usable``;
+    - those two, or ``infeasible``, with what was applied instead:
+      ``: next input of the last plan``, or ``: clipped LQR`` where no
+      plan is left.
 
-    ``terminal`` is the cost of the last state, the Riccati equation's P when None. ``soft``, a
-    penalty as in soften, lets states be outside their limits; then no start is infeasible. OSQP's
-    own tolerance is 1e-3, which leaves a closed loop's cost right to four digits; ``eps`` is its
-    absolute and relative tolerance here, and 1e-8 gives nine. Other ``settings`` are OSQP's.
+    ``terminal`` is the cost of the last state, the Riccati equation's P
+    when None. ``soft``, a penalty as in soften, lets states be outside
+    their limits; then no start is infeasible. ``eps`` is OSQP's
+    tolerance, absolute and relative: its own, 1e-3, leaves the
+    quadcopter's cost right to five digits, 1e-8 to ten. Other
+    ``settings`` are OSQP's; where it takes many iterations, ``rho`` is
+    the one to try.
 
     ValueError: shapes do not fit; horizon < 1; the state is not finite.
 
-    Source: Stellato et al. 2020; the fallback: Rawlings, Mayne & Diehl 2017, section 1.3.
+    Source: Rawlings, Mayne & Diehl 2017, section 1.3 (the regulator);
+    Stellato et al. 2020 (the solver).
     """
 
     def __init__(
@@ -777,18 +809,22 @@ class LinearMPC(_Planner):
 class NonlinearMPC(_Planner):
     """Model predictive control of the plant's own motion, by successive linearisation.
 
-    A step starts from the last plan, moved on by one. Each iteration replaces the motion by its
-    tangent along the plan and solves the quadratic program that is left; when plan and inputs move
-    by no more than ``tolerance``, the plan obeys the motion itself and the status is ``solved``.
-    After ``max_iterations`` the input at hand is applied, clipped, with the status
-    ``unconverged``: its plan is one of a motion that the plant has not. A program that fails ends
-    as in LinearMPC. States are ``soft``, because a tangent far off may have no feasible plan.
+    A step starts from the last plan, moved on by one. Each iteration
+    replaces the motion by its tangent along the plan and solves the
+    program that is left; when plan and inputs move by no more than
+    ``tolerance``, the plan obeys the motion itself and the status is
+    ``solved``. After ``max_iterations`` the input at hand is applied
+    with the status ``unconverged``: its plan is one of a motion that
+    the plant has not. A program that fails ends as in LinearMPC. States
+    are ``soft``, because a tangent far off may have no feasible plan.
 
     The other arguments are those of LinearMPC.
 
-    ValueError: shapes do not fit; a count is < 1; the state is not finite.
+    ValueError: shapes do not fit; a count is < 1; the state is not
+    finite.
 
-    Source: Diehl, Bock & Schlöder 2005, with more than their one iteration.
+    Source: Diehl, Bock & Schlöder 2005, with more than their one
+    iteration.
     """
 
     def __init__(
@@ -875,7 +911,7 @@ class NonlinearMPC(_Planner):
 
 
 class ClippedPolicy:
-    """Any controller with its input clipped to the limits, and told so in the status."""
+    """Any controller, its input clipped to the limits and called so."""
 
     def __init__(
         self, policy: Controller, u_min: Real[np.ndarray, "U"], u_max: Real[np.ndarray, "U"]
@@ -1138,11 +1174,12 @@ def demonstrations(
 
 
 class AttentionPolicy:
-    """The last ``config.max_len`` states through transformer.py's model, one input out.
+    """The last ``config.max_len`` states through a Transformer, one input out.
 
-    A state is a token; the newest has the last place, and where an episode has just begun, the
-    places before it are masked. ``params`` are a classifier's; its K outputs are the U inputs over
-    ``u_scale``. States are divided by ``x_scale``.
+    A state is a token; the newest has the last place, and where an
+    episode has just begun, the places before it are masked. ``params``
+    are a classifier's; its K outputs are the U inputs over ``u_scale``.
+    States are divided by ``x_scale``.
     """
 
     def __init__(
@@ -1175,8 +1212,9 @@ class AttentionPolicy:
 class LSTMPolicy:
     """An LSTM that carries h and c from state to state, and a linear layer to the input.
 
-    ``params`` are ``lstm.wx``, ``lstm.wh``, ``lstm.b`` as in recurrent.py, ``head.weight``
-    ``(H, U)`` and ``head.bias``; scales as in AttentionPolicy.
+    ``params`` are ``lstm.wx``, ``lstm.wh``, ``lstm.b`` as in
+    recurrent.py, ``head.weight`` ``(H, U)`` and ``head.bias``; scales as
+    in AttentionPolicy.
     """
 
     def __init__(

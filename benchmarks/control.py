@@ -12,9 +12,14 @@ noise, and every controller meets the same ones. Four scenarios: starts as the d
 them; starts further out; another plant than the model; inputs that arrive late. The policies are
 trained here, from demonstrations of the plant's own best controller. An episode that is lost (off
 the road, fallen) is counted, and left out of cost and settling, not out of anything else. Times are
-the clock's, since a deadline is.
+the clock's, since a deadline is; on a machine with other work they are that work's too.
 
-Run as ``python benchmarks/control.py step table``; either part keeps the other's numbers in
+``processor``: what a decision of each controller costs in processor time, under the table's first
+two scenarios and its first 20 seeds, and how many of them would pass the deadline with a core of
+their own. Policies are timed on the states of the regulator's episodes: their time does not depend
+on their weights.
+
+Run as ``python benchmarks/control.py step table processor``; each part keeps the others' numbers in
 results/control.json. ``--quick`` does little and writes nothing.
 """
 
@@ -24,7 +29,7 @@ import argparse
 import json
 import statistics
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from typing import Any
 
@@ -53,6 +58,7 @@ from attn_lessons.control import (
     status_counts,
 )
 
+PARTS = ("step", "table", "processor")
 HORIZONS = (10, 40)
 STEPS = 100  # of an episode: 5 seconds
 SEEDS = 100
@@ -284,6 +290,53 @@ def row(task: Task, name: str, controller: Any, rollouts: list[Rollout]) -> dict
     }
 
 
+def decided(controller: Any, states: Iterable[np.ndarray]) -> list[float]:
+    """Processor time of each decision on some states in their order."""
+    if hasattr(controller, "reset"):
+        controller.reset()
+    times = []
+    for x in states:
+        begun = time.thread_time()
+        controller(x)
+        times.append(time.thread_time() - begun)
+    return times
+
+
+def on_the_processor(task: Task, seeds: int) -> dict[str, Any]:
+    plant, rng = task.plant, np.random.default_rng(0)
+    few = rng.normal(size=(2, 12, len(plant.a))), rng.normal(size=(2, 12, plant.b.shape[1]))
+    timed = task.planners() | {
+        kind: imitate(*few, kind.lower(), steps=1).policy  # type: ignore[arg-type]
+        for kind in ("LSTM", "attention")
+    }
+    found: dict[str, Any] = {}
+    for scenario, changed in list(task.scenarios().items())[:2]:
+        for name, controller in timed.items():
+            driver = controller if name.endswith("MPC") else timed["LQR, clipped"]
+            times: list[float] = []
+            for seed in range(seeds):
+                seen: list[np.ndarray] = []
+                busy: list[float] = []
+
+                def driven(
+                    x: np.ndarray, driver: Any = driver, seen: Any = seen, busy: Any = busy
+                ) -> Any:
+                    seen.append(x)
+                    begun = time.thread_time()
+                    decision = driver(x)
+                    busy.append(time.thread_time() - begun)
+                    return decision
+
+                if hasattr(driver, "reset"):
+                    driver.reset()
+                episode(task, driven, seed, **changed)
+                times += busy if driver is controller else decided(controller, seen)
+            late = int((np.array(times) > plant.dt).sum())
+            row = {"decisions": len(times), "ms": in_ms(times), "over_the_deadline": late}
+            found.setdefault(scenario, {})[name] = row
+    return found
+
+
 def rounded(value: float) -> float:
     return float(f"{float(value):.4g}")
 
@@ -317,10 +370,10 @@ def compared(name: str, task: Task, seeds: int, episodes: int, steps: int) -> di
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("parts", nargs="*", help="step, table (both without)")
+    parser.add_argument("parts", nargs="*", help="step, table, processor (all without)")
     parser.add_argument("--quick", action="store_true", help="little, nothing written")
     given = parser.parse_args()
-    parts, quick = given.parts or ["step", "table"], given.quick
+    parts, quick = given.parts or list(PARTS), given.quick
     where = machine.machine()
     result: dict[str, Any] = {}
     if "step" in parts:
@@ -332,6 +385,9 @@ def main() -> None:
             "steps": STEPS,
             "plants": {name: compared(name, task, *sizes) for name, task in TASKS.items()},
         }
+    if "processor" in parts:
+        seeds = 2 if quick else 20
+        result["processor"] = {n: on_the_processor(task, seeds) for n, task in TASKS.items()}
     if quick:
         print(json.dumps(result, indent=2))
         return
@@ -340,7 +396,7 @@ def main() -> None:
             each["measured"] = {"load_before": where["load_before"]}
     path = machine.RESULTS / "control.json"
     before = json.loads(path.read_text()) if path.exists() else {}
-    kept = {key: before[key] for key in ("step", "table") if key in before}
+    kept = {key: before[key] for key in PARTS if key in before}
     packages = ("attn-lessons", "numpy", "scipy", "osqp", "clarabel", "piqp", "qpsolvers")
     machine.write("control", kept | result, *packages, where=where)
 

@@ -23,6 +23,7 @@ from answers import (  # noqa: F401
     ch06_residual_layernorm,
     ch07_encoder,
     ch08_training,
+    ch09_recurrent,
     ch10_streaming,
 )
 
@@ -169,6 +170,13 @@ def test_the_exercises_are_those_of_the_book():
         "warmup_cosine",
         "accumulate_gradients",
         "padded_cross_entropy",
+    ]
+    assert found["ch09_recurrent"] == [
+        "rnn_backward",
+        "lstm_step_forward",
+        "lstm_step_backward",
+        "lstm_backward",
+        "gradient_norm_by_lag",
     ]
     assert found["ch10_streaming"] == [
         "kv_cache_bytes",
@@ -323,6 +331,24 @@ def test_mistakes_named_in_the_list_of_exercises_are_there():
             "first input not applied",
         ],
         "closed_loop_metrics": ["first input not applied"],
+        "rnn_backward": [
+            "carry from t+1 dropped",
+            "tanh′ of the input",
+            "1+h²",
+            "grads overwritten, not summed over time",
+        ],
+        "lstm_step_backward": [
+            "dc path through h missing",
+            "forget gate not carried",
+            "i gate multiplied by i",
+            "gate order",
+        ],
+        "lstm_backward": [
+            "dc path through h missing",
+            "forget gate not carried",
+            "i gate multiplied by i",
+            "gate order",
+        ],
         "kv_cache_step": ["mask sliced to one key", "cache overwritten"],
         "chunked_causal_attention": ["chunk sees the future"],
     }
@@ -481,6 +507,11 @@ IN_SINGLE = (
     "riccati_step",
     "mpc_qp",
     "closed_loop_metrics",
+    "rnn_backward",
+    "lstm_step_forward",
+    "lstm_step_backward",
+    "lstm_backward",
+    "gradient_norm_by_lag",
     "kv_cache_step",
     "rope_cache_step",
     "chunked_causal_attention",
@@ -707,6 +738,35 @@ def test_block_6_as_handed_out_is_told_which_argument_it_changes():
     assert judged.cases_passed == ()
 
 
+@pytest.mark.parametrize(
+    ("exercise", "answer", "fact"),
+    [
+        (
+            "rnn_backward",
+            ch09_recurrent.rnn_leaky_carry,
+            "first wrong on the way: dz of the last step is right; solved from dx, dz of the step "
+            "before it is off, or the step from it to dx is",
+        ),
+        (
+            "lstm_step_backward",
+            ch09_recurrent.back_odd_forget_slope,
+            "first wrong on the way: dc in all and dz of i are right; grads['wx'] and grads['wh'] "
+            "were made of the same wrong dz of f",
+        ),
+        (
+            "lstm_backward",
+            ch09_recurrent.lstm_leaky_carry,
+            "first wrong on the way: dz of the last step is right; solved from dx, dz of the step "
+            "before it is off, or the step from it to dx is",
+        ),
+    ],
+)
+def test_going_back_through_time_names_its_first_wrong_intermediate(exercise, answer, fact):
+    judged = verdict(catalogue.find(exercise), answer, 41)
+    assert judged.diagnosis.mistake is None
+    assert judged.diagnosis.observations[0] == fact
+
+
 def leafwise(change):
     def changed(value):
         if isinstance(value, tuple):
@@ -738,7 +798,8 @@ SPOILED = {
 def test_a_spoiled_right_answer_fails(exercise, way):
     if exercise.id == "first_wrong" and way in ("an axis more", "flat", "1e-6 off", "negated"):
         pytest.skip("names have no numbers in them")
-    if exercise.id in ("rope_permutation", "alibi_slopes", "ring_positions") and way == "flat":
+    vectors = ("rope_permutation", "alibi_slopes", "ring_positions", "gradient_norm_by_lag")
+    if exercise.id in vectors and way == "flat":
         pytest.skip("a vector is flat")
 
     def answer(*args, **kwargs):

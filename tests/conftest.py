@@ -1,7 +1,13 @@
 """For every test: shapes checked at run time, hypothesis that repeats itself, no shared state."""
 
 import os
+import re
 from pathlib import Path
+
+# One thread a process, before NumPy is imported: two workers and what they start share the cores,
+# and a matrix product that waits for a core it does not get takes ten times as long.
+os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")
+os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 import hypothesis
 import jaxtyping
@@ -34,3 +40,15 @@ hypothesis.settings.load_profile(os.environ.get("HYPOTHESIS_PROFILE", "ci"))
 def unchecked(monkeypatch: pytest.MonkeyPatch) -> None:
     """As outside the tests: no shape checks before the function's own, so its errors are seen."""
     monkeypatch.setattr(jaxtyping.config, "jaxtyping_disable", True)
+
+
+def pytest_xdist_make_scheduler(config, log):
+    """A file stays in one worker, and of the catalogue's tests an exercise."""
+    from xdist.scheduler import LoadFileScheduling
+
+    class ByExercise(LoadFileScheduling):
+        def _split_scope(self, nodeid: str) -> str:
+            exercise = re.search(r"/test_catalogue\.py::.*?\[(\w+)", nodeid)
+            return super()._split_scope(nodeid) + (exercise[1] if exercise else "")
+
+    return ByExercise(config, log)

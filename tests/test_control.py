@@ -2,11 +2,13 @@
 
 import inspect
 import itertools
+import json
 import re
 import subprocess
 import sys
 import typing
 import warnings
+from pathlib import Path
 
 import clarabel  # noqa: F401  (both are reached through qpsolvers)
 import numpy as np
@@ -51,6 +53,7 @@ from attn_lessons.control import (
 )
 from attn_lessons.gradcheck import directional_check
 
+ROOT = Path(__file__).resolve().parents[1]
 EXACT = 1e-10
 INF = np.inf
 PLANTS = (double_integrator, quadcopter, lane_keeping, cart_pole)
@@ -1024,6 +1027,46 @@ def test_statuses_are_counted_over_episodes():
     answers = iter([Decision(np.zeros(1), "a"), Decision(np.zeros(1), "b"), np.zeros(1)] * 2)
     rollouts = [closed_loop(plant, lambda x: next(answers), np.zeros(2), 3) for _ in range(2)]
     assert status_counts(rollouts) == {"a": 2, "b": 2, "computed": 2}
+
+
+# --- what is stored -----------------------------------------------------------------------------
+
+RESULT = json.loads((ROOT / "benchmarks" / "results" / "control.json").read_text(encoding="utf-8"))
+CONTROLLERS = (
+    "LQR, clipped",
+    "linear MPC",
+    "soft MPC",
+    "non-linear MPC",
+    "LSTM",
+    "LSTM, clipped",
+    "attention",
+    "attention, clipped",
+)
+
+
+def test_the_stored_step_is_at_most_a_third_slower_than_the_bare_solver():
+    assert [each["horizon"] for each in RESULT["step"]] == [10, 40]
+    for each in RESULT["step"]:
+        assert each["cost_of_100_steps"] == PUBLISHED[each["horizon"]]
+        assert each["mpc_over_bare"] <= 1.3
+
+
+def test_the_stored_table_leaves_no_seed_out():
+    """Eight controllers, four scenarios, two plants, 100 seeds; every step has a status."""
+    plants = RESULT["table"]["plants"]
+    assert list(plants) == ["lane keeping", "cart-pole"]
+    for plant in plants.values():
+        assert len(plant["scenarios"]) == 4
+        for rows in plant["scenarios"].values():
+            assert tuple(row["controller"] for row in rows) == CONTROLLERS
+            for row in rows:
+                assert row["episodes"] == RESULT["table"]["seeds"] == 100
+                steps = sum(row["statuses"].values())
+                whole = (100 - len(row["lost"])) * RESULT["table"]["steps"]
+                assert whole <= steps <= 100 * RESULT["table"]["steps"]
+                assert row["settled"] <= 100 - len(row["lost"])
+                clipped = "clipped" in row["controller"] or row["controller"].endswith("MPC")
+                assert not (clipped and row["steps_outside_input_limits"])
 
 
 # --- doors --------------------------------------------------------------------------------------

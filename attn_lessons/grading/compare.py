@@ -21,6 +21,7 @@ from __future__ import annotations
 import warnings
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, replace
+from functools import lru_cache
 from typing import Any
 
 import numpy as np
@@ -350,21 +351,30 @@ def _with_rounded_inputs(
 
 def _response(name: str, exercise: Exercise, case: Case, eps: float) -> float:
     """By how much one output of the reference moves at most when every input is off by eps."""
+    return _responses(exercise, case, eps).get(name, 0.0)
+
+
+@lru_cache(maxsize=64)  # of one case, every output and every mistake ask for the same
+def _responses(exercise: Exercise, case: Case, eps: float) -> dict[str, float]:
     signs = np.random.default_rng(0)
 
-    def output(unit: float) -> np.ndarray:
+    def outputs(unit: float) -> dict[str, Any]:
         value = exercise.reference(*_rounded(case.args, unit, signs), **dict(case.kwargs))
-        (found,) = (x.want for x in leaves(value, value, exercise.returns) if x.name == name)
-        return found
+        pairs = leaves(value, value, exercise.returns)
+        return {x.name: x.want for x in pairs if isinstance(x.want, np.ndarray)}
 
     with np.errstate(all="ignore"), warnings.catch_warnings():
         warnings.simplefilter("ignore")
         try:
-            exact = output(0.0)
-            gaps = [difference(output(eps), exact) for _ in range(TRIALS)]
+            exact = outputs(0.0)
+            moved = [outputs(eps) for _ in range(TRIALS)]
         except ValueError:  # an input that may not be off by anything
-            return 0.0
-    return float(max(gap[np.isfinite(gap)].max(initial=0.0) for gap in gaps))
+            return {}
+    most = dict.fromkeys(exact, 0.0)
+    for name, each in ((name, each) for found in moved for name, each in found.items()):
+        gap = difference(each, exact[name])
+        most[name] = max(most[name], float(gap[np.isfinite(gap)].max(initial=0.0)))
+    return most
 
 
 def _rounded(value: Any, eps: float, signs: np.random.Generator) -> Any:

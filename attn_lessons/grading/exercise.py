@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)  # arrays have no hash; a case is known by its identity
 class Case:
     """One call of the learner's function, made so that one mechanism decides it.
 
@@ -58,7 +58,7 @@ class Intermediate:
     solved: Mapping[str, Callable[..., np.ndarray | None]]
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class Exercise:
     """One function for the learner to write; its ``id`` is the function's name.
 

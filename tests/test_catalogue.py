@@ -346,7 +346,8 @@ def test_every_draw_has_the_same_cases_on_fresh_numbers(exercise):
     # A few small counts can only come again.
     fixed |= {case.name for case in one if not with_arrays(case)}
     assert {a.name for a, new in zip(one, fresh, strict=True) if not new} <= fixed
-    assert numbers(one) == numbers(draws_of(exercise, 5)[0])
+    again = numbers(draws_of(exercise, 5)[0])
+    assert [vars(case) for case in numbers(one)] == [vars(case) for case in again]
 
 
 def with_arrays(case):

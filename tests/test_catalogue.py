@@ -25,6 +25,7 @@ from answers import (  # noqa: F401
     ch08_training,
     ch09_recurrent,
     ch10_streaming,
+    ch11_control,
 )
 
 from attn_lessons import hunt
@@ -186,6 +187,13 @@ def test_the_exercises_are_those_of_the_book():
         "rope_cache_step",
         "chunked_causal_attention",
     ]
+    assert found["ch11_control"] == [
+        "condense",
+        "riccati_step",
+        "mpc_qp",
+        "qp_residuals",
+        "closed_loop_metrics",
+    ]
 
 
 def test_an_unknown_exercise_is_answered_with_the_nearest():
@@ -323,14 +331,6 @@ def test_mistakes_named_in_the_list_of_exercises_are_there():
         ],
         "warmup_inverse_sqrt": ["off by one", "discontinuous at the join"],
         "warmup_cosine": ["off by one", "discontinuous at the join"],
-        "condense": ["first input not applied"],
-        "mpc_qp": [
-            "factor 2",
-            "bounds in the wrong rows",
-            "terminal cost forgotten",
-            "first input not applied",
-        ],
-        "closed_loop_metrics": ["first input not applied"],
         "rnn_backward": [
             "carry from t+1 dropped",
             "tanh′ of the input",
@@ -351,6 +351,14 @@ def test_mistakes_named_in_the_list_of_exercises_are_there():
         ],
         "kv_cache_step": ["mask sliced to one key", "cache overwritten"],
         "chunked_causal_attention": ["chunk sees the future"],
+        "condense": ["first input not applied"],
+        "mpc_qp": [
+            "factor 2",
+            "bounds in the wrong rows",
+            "terminal cost forgotten",
+            "first input not applied",
+        ],
+        "closed_loop_metrics": ["first input not applied"],
     }
     for exercise, names in listed.items():
         assert set(names) <= {m.name for m in catalogue.find(exercise).mistakes}
@@ -504,10 +512,6 @@ IN_SINGLE = (
     "padded_embedding_backward",
     "tied_output_backward",
     *(f"hunt_{number}" for number in range(1, 6)),
-    "condense",
-    "riccati_step",
-    "mpc_qp",
-    "closed_loop_metrics",
     "rnn_backward",
     "lstm_step_forward",
     "lstm_step_backward",
@@ -516,6 +520,10 @@ IN_SINGLE = (
     "kv_cache_step",
     "rope_cache_step",
     "chunked_causal_attention",
+    "condense",
+    "riccati_step",
+    "mpc_qp",
+    "closed_loop_metrics",
 )
 # On large logits this one returns gradients near 1e-156, which float32 rounds to 0.
 TOO_FINE = "softmax derivative applied twice"
@@ -670,6 +678,35 @@ def test_layernorm_backward_names_its_first_wrong_intermediate():
     )
 
 
+@pytest.mark.parametrize(
+    ("exercise", "answer", "fact"),
+    [
+        (
+            "rnn_backward",
+            ch09_recurrent.rnn_leaky_carry,
+            "first wrong on the way: dz of the last step is right; solved from dx, dz of the step "
+            "before it is off, or the step from it to dx is",
+        ),
+        (
+            "lstm_step_backward",
+            ch09_recurrent.back_odd_forget_slope,
+            "first wrong on the way: dc in all and dz of i are right; grads['wx'] and grads['wh'] "
+            "were made of the same wrong dz of f",
+        ),
+        (
+            "lstm_backward",
+            ch09_recurrent.lstm_leaky_carry,
+            "first wrong on the way: dz of the last step is right; solved from dx, dz of the step "
+            "before it is off, or the step from it to dx is",
+        ),
+    ],
+)
+def test_going_back_through_time_names_its_first_wrong_intermediate(exercise, answer, fact):
+    judged = verdict(catalogue.find(exercise), answer, 41)
+    assert judged.diagnosis.mistake is None
+    assert judged.diagnosis.observations[0] == fact
+
+
 def block_with(skip):
     """An encoder block's gradients, the second skip path's taken ``skip`` times."""
 
@@ -739,35 +776,6 @@ def test_block_6_as_handed_out_is_told_which_argument_it_changes():
     assert judged.cases_passed == ()
 
 
-@pytest.mark.parametrize(
-    ("exercise", "answer", "fact"),
-    [
-        (
-            "rnn_backward",
-            ch09_recurrent.rnn_leaky_carry,
-            "first wrong on the way: dz of the last step is right; solved from dx, dz of the step "
-            "before it is off, or the step from it to dx is",
-        ),
-        (
-            "lstm_step_backward",
-            ch09_recurrent.back_odd_forget_slope,
-            "first wrong on the way: dc in all and dz of i are right; grads['wx'] and grads['wh'] "
-            "were made of the same wrong dz of f",
-        ),
-        (
-            "lstm_backward",
-            ch09_recurrent.lstm_leaky_carry,
-            "first wrong on the way: dz of the last step is right; solved from dx, dz of the step "
-            "before it is off, or the step from it to dx is",
-        ),
-    ],
-)
-def test_going_back_through_time_names_its_first_wrong_intermediate(exercise, answer, fact):
-    judged = verdict(catalogue.find(exercise), answer, 41)
-    assert judged.diagnosis.mistake is None
-    assert judged.diagnosis.observations[0] == fact
-
-
 def leafwise(change):
     def changed(value):
         if isinstance(value, tuple):
@@ -821,8 +829,9 @@ def test_one_entry_off_by_a_millionth_fails(exercise):
             return out_t, (nudged(k), *rest)
         last = value[-1] if isinstance(value, tuple) else value
         if isinstance(last, dict):
-            name, last = next(iter(last.items()))
-            return (*value[:-1], value[-1] | {name: nudged(last)})
+            name, entry = next(iter(last.items()))
+            changed = last | {name: nudged(entry)}
+            return (*value[:-1], changed) if isinstance(value, tuple) else changed
         return (*value[:-1], nudged(last)) if isinstance(value, tuple) else nudged(last)
 
     def nudged(last):

@@ -27,23 +27,19 @@ then; inputs and weights are not in it, outputs and gradients are. Run as
 from __future__ import annotations
 
 import argparse
-import contextlib
-import ctypes
-import gc
 import json
 import math
 import os
 import resource
 import statistics
-import subprocess
-import sys
 import time
 from collections.abc import Callable, Iterable, Mapping
-from pathlib import Path
 from typing import Any
 
 import machine
 import numpy as np
+from peak import apart as fresh
+from peak import peak, warm_blas
 from threadpoolctl import threadpool_limits
 
 from attn_lessons import recurrent, streaming
@@ -280,26 +276,6 @@ def slopes(table: Mapping[str, Mapping[str, float]]) -> dict[str, float]:
 # --- memory: this file again, in a process of its own --------------------------------------------
 
 
-def resident(which: str) -> int:
-    lines = Path("/proc/self/status").read_text().splitlines()
-    return next(int(line.split()[1]) for line in lines if line.startswith(f"{which}:")) * 1024
-
-
-def trim() -> None:
-    """What was freed goes back to the system: taken again unseen, it would hide the first MiB."""
-    gc.collect()
-    with contextlib.suppress(OSError, AttributeError):  # no glibc
-        ctypes.CDLL("libc.so.6").malloc_trim(0)
-
-
-def peak(call: Callable[[], Any]) -> tuple[int, Any]:
-    trim()
-    before = resident("VmRSS")
-    Path("/proc/self/clear_refs").write_text("5")
-    returned = call()
-    return max(resident("VmHWM") - before, 0), returned
-
-
 def prepared(kind: str) -> Callable[[int], tuple[np.ndarray, ...]]:
     """A function that streams n tokens from an empty state and returns the last state."""
     rng = np.random.default_rng(0)
@@ -330,10 +306,7 @@ def prepared(kind: str) -> Callable[[int], tuple[np.ndarray, ...]]:
 
 
 def in_here(mode: str, kind: str, n: int) -> dict[str, int]:
-    # The first products take buffers of their own.
-    square = np.ones((1024, 1024), np.float32)
-    square @= square
-    del square
+    warm_blas()
     if mode == "stream":
         run = prepared(kind)
         run(8)
@@ -347,11 +320,7 @@ def in_here(mode: str, kind: str, n: int) -> dict[str, int]:
 
 
 def apart(mode: str, kind: str, n: int) -> dict[str, int]:
-    command = [sys.executable, __file__, "--in-here", mode, kind, str(n)]
-    # A threshold that is said stays: otherwise it grows, and freed arrays stay resident.
-    env = os.environ | {"MALLOC_MMAP_THRESHOLD_": "65536", "MALLOC_TRIM_THRESHOLD_": "0"}
-    ran = subprocess.run(command, check=True, capture_output=True, text=True, env=env)
-    found: dict[str, int] = json.loads(ran.stdout)
+    found: dict[str, int] = fresh(__file__, mode, kind, n)
     return found
 
 

@@ -114,7 +114,7 @@ def _outputs(exercise: Exercise, seen: Sequence[Look], failing: Sequence[Look]) 
         return
     names = list(dict.fromkeys(name for look in paired for name in look.values))
     if exercise.order:  # a gradient that is 0 on paper, such as a key's bias's, says nothing
-        names = [name for name in names if any(look.values[name][1].any() for look in paired)]
+        names = [n for n in names if any(n in x.values and x.values[n][1].any() for x in paired)]
     wrong = [name for name in names if any(_is_wrong(exercise, look, name) for look in paired)]
     swapped = list(_swapped(wrong, exercise, paired))
     yield from swapped
@@ -134,7 +134,7 @@ def _outputs(exercise: Exercise, seen: Sequence[Look], failing: Sequence[Look]) 
 
 
 def _by_how_much(name: str, paired: Sequence[Look]) -> str:
-    pairs = [look.values[name] for look in paired]
+    pairs = [look.values[name] for look in paired if name in look.values]
     if any(got.shape != want.shape or not np.isfinite(got).all() for got, want in pairs):
         return ""
     shares = [
@@ -353,6 +353,8 @@ def _small(name: str, got: np.ndarray, want: np.ndarray) -> Iterator[Fact]:
 def _side(name: str, got: np.ndarray, want: np.ndarray) -> Iterator[Fact]:
     """Right but for signs; and of single numbers, whether they are too large or too small."""
     if got.shape != want.shape or not {got.dtype.kind, want.dtype.kind} <= set("iuf"):
+        return
+    if _close(got, want):  # wrong by little: the signs are right
         return
     if got.size > 1 and _close(np.abs(got), np.abs(want)) and not _close(got, -want):
         yield SIGNS, f"{name} is right in size everywhere, but not in sign"

@@ -306,3 +306,9 @@ def test_product_passes_in_other_styles():
 
     for function in (product, loops, torched):
         assert answer(PRODUCT, function).status == "passed"
+
+
+def test_a_signalling_nan_is_not_finite_and_warns_of_nothing():
+    signalling = np.array([0x7F800001], np.uint32).view(np.float32)
+    verdict = answer(exercise_of(lambda x: x * 2, (np.ones(1, np.float32),)), lambda x: signalling)
+    assert verdict.status == "failed"

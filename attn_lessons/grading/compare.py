@@ -402,6 +402,8 @@ def _floats(case: Case) -> list[np.ndarray]:
     return found
 
 
+# A learner who truncates bits may make a signalling NaN, which a cast would warn of.
+@np.errstate(invalid="ignore")
 def _wide(values: Any) -> np.ndarray:
     array = np.asarray(values)
     return array.astype(np.complex128 if array.dtype.kind == "c" else np.float64)

@@ -302,18 +302,19 @@ class Tiles:
 
     def blocks_of_keys(self, b: int, rows: slice) -> Iterator[tuple[slice, Any]]:
         """The blocks that any row of ``rows`` sees, with what is hidden of them, or None."""
-        seen = self._keys_seen(b, np.arange(rows.start, rows.stop))
-        for start in range(0, int(seen[-1]), self.block):
-            keys = slice(start, min(start + self.block, int(seen[-1])))
-            # Later rows see more: what the first one sees, all do.
-            whole = keys.stop <= seen[0]
-            yield keys, None if whole else np.arange(start, keys.stop) >= seen[:, None]
+        for keys, diagonal in self.diagonals(b, rows):
+            shape = rows.stop - rows.start, keys.stop - keys.start
+            yield keys, None if diagonal is None else ~np.tri(*shape, diagonal, dtype=bool)
 
-    def _keys_seen(self, b, rows):
-        length = self.lengths[b]
-        if not self.causal:
-            return np.full(len(rows), length)
-        return np.clip(rows + 1 + self.n_k - self.n_q, 0, length)
+    def diagonals(self, b: int, rows: slice) -> Iterator[tuple[slice, int | None]]:
+        """The same blocks, with the diagonal that cuts them, or None: row i sees j ≤ i + it."""
+        length, offset = int(self.lengths[b]), self.n_k - self.n_q
+        end = min(length, rows.stop + offset) if self.causal else length
+        for start in range(0, end, self.block):
+            keys = slice(start, min(start + self.block, end))
+            # Later rows see more: what the first one sees, all do.
+            whole = not self.causal or keys.stop <= rows.start + 1 + offset
+            yield keys, None if whole else rows.start + offset - start
 
 
 # --- at the door ------------------------------------------------------------------------------

@@ -26,6 +26,7 @@ from answers import (  # noqa: F401
     ch09_recurrent,
     ch10_streaming,
     ch11_control,
+    ch14_mixed_precision,
 )
 
 from attn_lessons import hunt
@@ -194,6 +195,12 @@ def test_the_exercises_are_those_of_the_book():
         "qp_residuals",
         "closed_loop_metrics",
     ]
+    assert found["ch14_mixed_precision"] == [
+        "round_to_bf16",
+        "mixed_precision_dot",
+        "loss_scale_step",
+        "unscale_then_clip",
+    ]
 
 
 def test_an_unknown_exercise_is_answered_with_the_nearest():
@@ -359,6 +366,10 @@ def test_mistakes_named_in_the_list_of_exercises_are_there():
             "first input not applied",
         ],
         "closed_loop_metrics": ["first input not applied"],
+        "round_to_bf16": ["truncation"],
+        "mixed_precision_dot": ["fp16 accumulator"],
+        "loss_scale_step": ["step taken on inf", "scale never regrows"],
+        "unscale_then_clip": ["clip before unscale", "step taken on inf"],
     }
     for exercise, names in listed.items():
         assert set(names) <= {m.name for m in catalogue.find(exercise).mistakes}
@@ -524,6 +535,7 @@ IN_SINGLE = (
     "riccati_step",
     "mpc_qp",
     "closed_loop_metrics",
+    "round_to_bf16",
 )
 # On large logits this one returns gradients near 1e-156, which float32 rounds to 0.
 TOO_FINE = "softmax derivative applied twice"

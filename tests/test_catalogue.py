@@ -26,6 +26,7 @@ from answers import (  # noqa: F401
     ch09_recurrent,
     ch10_streaming,
     ch11_control,
+    ch12_memory,
     ch13_flash,
     ch14_mixed_precision,
 )
@@ -195,6 +196,11 @@ def test_the_exercises_are_those_of_the_book():
         "mpc_qp",
         "qp_residuals",
         "closed_loop_metrics",
+    ]
+    assert found["ch12_memory"] == [
+        "attention_flops",
+        "attention_bytes",
+        "checkpointed_backward",
     ]
     assert found["ch13_flash"] == ["merge_softmax_blocks", "flash_forward", "flash_backward"]
     assert found["ch14_mixed_precision"] == [
@@ -368,6 +374,8 @@ def test_mistakes_named_in_the_list_of_exercises_are_there():
             "first input not applied",
         ],
         "closed_loop_metrics": ["first input not applied"],
+        "attention_flops": ["multiply-add counted once", "backward counted as forward"],
+        "checkpointed_backward": ["dropout not replayed"],
         "merge_softmax_blocks": ["inverse rescale", "max not carried"],
         "flash_forward": [
             "inverse rescale",
@@ -545,6 +553,7 @@ IN_SINGLE = (
     "riccati_step",
     "mpc_qp",
     "closed_loop_metrics",
+    "checkpointed_backward",
     "round_to_bf16",
     "merge_softmax_blocks",
     "flash_forward",
@@ -754,6 +763,27 @@ def test_going_back_through_time_names_its_first_wrong_intermediate(exercise, an
     assert judged.diagnosis.observations[0] == fact
 
 
+def test_checkpointed_backward_names_its_first_wrong_intermediate():
+    exercise = catalogue.find("checkpointed_backward")
+    judged = verdict(exercise, ch12_memory.checkpoint_blurred_slope, 41)
+    assert judged.diagnosis.mistake is None
+    assert judged.diagnosis.observations[0] == (
+        "first wrong on the way: solved from grads[4]['w'], da of layer 4 is off, or the step from "
+        "it to grads[4]['w'] is"
+    )
+
+
+def test_dropout_that_nobody_can_replay_is_told_from_a_wrong_gradient():
+    judged = verdict(
+        catalogue.find("checkpointed_backward"), ch12_memory.checkpoint_with_fresh_noise, 41
+    )
+    assert judged.diagnosis.mistake is None
+    assert any(
+        fact.startswith("only “dropout in one layer”, “dropout in every layer”")
+        for fact in judged.diagnosis.observations
+    )
+
+
 def block_with(skip):
     """An encoder block's gradients, the second skip path's taken ``skip`` times."""
 
@@ -825,7 +855,7 @@ def test_block_6_as_handed_out_is_told_which_argument_it_changes():
 
 def leafwise(change):
     def changed(value):
-        if isinstance(value, tuple):
+        if isinstance(value, tuple | list):
             return tuple(changed(part) for part in value)
         if isinstance(value, dict):
             return {name: changed(part) for name, part in value.items()}
@@ -875,6 +905,8 @@ def test_one_entry_off_by_a_millionth_fails(exercise):
             out_t, (k, *rest) = value
             return out_t, (nudged(k), *rest)
         last = value[-1] if isinstance(value, tuple) else value
+        if isinstance(last, list):  # one dict a layer
+            return (*value[:-1], [{n: nudged(g) for n, g in d.items()} for d in last])
         if isinstance(last, dict):
             name, entry = next(iter(last.items()))
             changed = last | {name: nudged(entry)}

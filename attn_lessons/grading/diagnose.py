@@ -59,6 +59,7 @@ def name_mistake(
     exercise: Exercise, draws: Draws, returned: Results, wanted: Results
 ) -> Mistake | None:
     """The mistake that reproduces the answer; of several the closest, then the first listed."""
+    draws, returned, wanted = _failing_first(exercise, draws, returned, wanted)
     found = [
         (distance, mistake)
         for mistake in exercise.mistakes
@@ -66,6 +67,22 @@ def name_mistake(
     ]
     # Distances below rounding say nothing about which is closer; min() keeps the listed order.
     return min(found, key=lambda pair: max(pair[0], ROUNDING), default=(0.0, None))[1]
+
+
+def _failing_first(
+    exercise: Exercise, draws: Draws, returned: Results, wanted: Results
+) -> tuple[Draws, Results, Results]:
+    """The same calls, those that failed before the others: most mistakes part from them at once."""
+    rows = [
+        sorted(zip(*row, strict=True), key=lambda call: not _failed(exercise, *call))
+        for row in zip(draws, returned, wanted, strict=True)
+    ]
+    cases, gots, wants = zip(*(zip(*row, strict=True) for row in rows), strict=True)
+    return cases, gots, wants
+
+
+def _failed(exercise: Exercise, case: Case, got: Returned, want: Returned) -> bool:
+    return compare.fault(got, want, exercise, case) is not None
 
 
 def _distance(

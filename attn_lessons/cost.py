@@ -50,29 +50,27 @@ def attention_flops(
     causal: bool = False,
     backward: bool = False,
     *,
-    recompute: bool = False,
+    recompute: bool = True,
 ) -> int:
     r"""Operations of attention between q, k, v and out, projections not counted.
 
     .. math:: \mathrm{forward}\ 4\,b h n^2 d, \qquad
-              \mathrm{backward}\ 8\,b h n^2 d, \qquad
-              \text{with recomputation } 10\,b h n^2 d
+              \mathrm{backward}\ 10\,b h n^2 d, \qquad
+              \text{where p was kept } 8\,b h n^2 d
 
     Forward there are two products over n × n, q kᵀ and p v. Backward
-    there are four: pᵀ dout, dout vᵀ, dz k, dzᵀ q. A backward pass that
-    has not kept p makes q kᵀ once more (``recompute``): five. Causal
+    there are four, pᵀ dout, dout vᵀ, dz k and dzᵀ q; and a kernel that
+    has not kept p, as FlashAttention, makes q kᵀ once more: five, 2.5
+    times the forward pass. ``recompute=False``: p was kept. Causal
     attention needs half of each.
 
     Shapes: q, k, v and out ``(b, h, n, d)``.
 
-    ValueError: a size is no integer, or negative; ``recompute`` without
-    ``backward``.
+    ValueError: a size is no integer, or negative.
 
     Source: Dao 2023, section 4.1; Korthikanti et al. 2022, appendix A.
     """
     b, h, n, d = _sizes(b=b, h=h, n=n, d=d)
-    if recompute and not backward:
-        raise ValueError("recompute: expected backward=True with it; got backward=False")
     products = (5 if recompute else 4) if backward else 2
     # 2 operations a multiply-add; a causal product makes half of them.
     return products * b * h * n * n * d * (1 if causal else 2)
@@ -86,14 +84,14 @@ def block_flops(
     causal: bool = False,
     backward: bool = False,
     *,
-    recompute: bool = False,
+    recompute: bool = True,
 ) -> int:
     r"""Operations of an encoder block: four projections, attention, two layers.
 
     .. math:: 8\,b n c^2 + 4\,b n^2 c + 4\,b n c f
 
-    forward; backward twice as much, and with ``recompute`` another
-    2 b n² c for the logits. The number of heads does not enter: h heads
+    forward; backward twice as much, and another 2 b n² c for the logits
+    where p was not kept (``recompute``). The number of heads does not enter: h heads
     of width c/h cost as much as one of width c.
 
     Shapes: x ``(b, n, c)``, hidden ``(b, n, f)``.

@@ -13,53 +13,49 @@ from answers import mutating, right, wrong
 
 
 @right("attention_flops")
-def flops_plain(b, h, n, d, causal=False, backward=False, *, recompute=False):
+def flops_plain(b, h, n, d, causal=False, backward=False):
     flops = 4 * b * h * n**2 * d
     if backward:
-        flops = flops * 5 // 2 if recompute else 2 * flops
+        flops = flops * 5 // 2
     return flops // 2 if causal else flops
 
 
 @right("attention_flops")
-def flops_as_float(b, h, n, d, causal=False, backward=False, recompute=False):
+def flops_as_float(b, h, n, d, causal=False, backward=False, recompute=True):
     factor = (2.5 if recompute else 2.0) if backward else 1.0
     return factor * 4.0 * b * h * n * n * d * (0.5 if causal else 1.0)
 
 
 @right("attention_flops")
-def flops_by_products(b, h, n, d, causal=False, backward=False, *, recompute=False):
+def flops_by_products(b, h, n, d, causal=False, backward=False):
     def product(rows, inner, columns):
         return 2 * rows * inner * columns
 
     logits, values = product(n, d, n), product(n, n, d)
+    total = logits + values
     if backward:
-        total = values + logits + values + values + (logits if recompute else 0)
-    else:
-        total = logits + values
+        total = logits + values + logits + values + values
     return sum(total for _ in range(b) for _ in range(h)) >> bool(causal)
 
 
 @right("attention_flops")
-def flops_numpy(b, h, n, d, causal=False, backward=False, *, recompute=False):
-    products = np.select([not backward, recompute], [2, 5], 4)
-    counts = np.array([products, 2 - causal, b, h, n, n, d], dtype=np.int64)
+def flops_numpy(b, h, n, d, causal=False, backward=False):
+    counts = np.array([5 if backward else 2, 2 - causal, b, h, n, n, d], dtype=np.int64)
     return np.prod(counts)
 
 
 @right("attention_flops")
-def flops_of_macs(b, h, n, d, causal=False, backward=False, *, recompute=False):
+def flops_of_macs(b, h, n, d, causal=False, backward=False):
     macs = b * h * n * (n * d)
-    times = {(False, False): 2, (True, False): 4, (True, True): 5}[backward, recompute]
-    return times * macs * 2 / (2 if causal else 1)
+    return {False: 2, True: 5}[backward] * macs * 2 / (2 if causal else 1)
 
 
 @right("attention_flops")
-def flops_counted_by_torch(b, h, n, d, causal=False, backward=False, *, recompute=False):
+def flops_counted_by_torch(b, h, n, d, causal=False, backward=False):
     """Products of arrays without contents, counted as they are made."""
     wide, square = (torch.empty(b * h, *s, device="meta") for s in ((n, d), (n, n)))
     with FlopCounterMode(display=False) as counter:
-        if not backward or recompute:
-            wide @ wide.mT
+        wide @ wide.mT
         if not backward:
             square @ wide
         else:
@@ -71,13 +67,13 @@ def flops_counted_by_torch(b, h, n, d, causal=False, backward=False, *, recomput
 
 
 @wrong("attention_flops")
-def flops_of_a_product_too_many(b, h, n, d, causal=False, backward=False, *, recompute=False):
-    return flops_plain(b, h, n, d, causal, backward, recompute=recompute) + 2 * b * h * n * n * d
+def flops_of_a_product_too_many(b, h, n, d, causal=False, backward=False):
+    return flops_plain(b, h, n, d, causal, backward) + 2 * b * h * n * n * d
 
 
 @wrong("attention_flops")
-def flops_in_billions(b, h, n, d, causal=False, backward=False, *, recompute=False):
-    return flops_plain(b, h, n, d, causal, backward, recompute=recompute) / 1e9
+def flops_in_billions(b, h, n, d, causal=False, backward=False):
+    return flops_plain(b, h, n, d, causal, backward) / 1e9
 
 
 # ---------------------------------------------------------------------------- attention_bytes

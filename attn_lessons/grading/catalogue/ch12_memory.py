@@ -49,25 +49,12 @@ def _flops_cases(rng: Rng) -> list[Case]:
         Case(
             "backward",
             (*sizes, False, True),
-            hint="The backward pass alone: four products, dv, dp, dq and dk.",
+            hint="The backward pass alone: dv, dp, dq, dk, and the logits once more.",
         ),
-        Case("backward and causal", (*sizes, True, True), hint="Half of each of the four."),
-        Case(
-            "backward with recomputation",
-            (*sizes, False, True),
-            {"recompute": True},
-            hint="The logits once more: a fifth product.",
-        ),
-        Case(
-            "backward with recomputation and causal",
-            (*sizes, True, True),
-            {"recompute": True},
-            hint="Half of each of the five.",
-        ),
+        Case("backward and causal", (*sizes, True, True), hint="Half of each of the five."),
         Case(
             "a large model",
             (_any(rng, 3, 5), 40, _any(rng, 4096, 8192, 16384), 128, True, True),
-            {"recompute": True},
             hint="Python's integers have room for it.",
         ),
         Case("no tokens", (b, h, 0, d, True), hint="Nothing to do."),
@@ -75,43 +62,31 @@ def _flops_cases(rng: Rng) -> list[Case]:
 
 
 def _flops_by_products(
-    b: int,
-    h: int,
-    n: int,
-    d: int,
-    causal: bool = False,
-    backward: bool = False,
-    *,
-    recompute: bool = False,
+    b: int, h: int, n: int, d: int, causal: bool = False, backward: bool = False
 ) -> int:
     """The products written down as (rows, summed over, columns)."""
     forward = [(n, d, n), (n, n, d)]  # q kᵀ, p v
-    back = [(n, n, d), (n, d, n), (n, n, d), (n, n, d)]  # pᵀ dout, dout vᵀ, dz k, dzᵀ q
-    again = [(n, d, n)] if recompute else []
-    adds = sum(math.prod(product) for product in (back + again if backward else forward))
+    # q kᵀ again, pᵀ dout, dout vᵀ, dz k, dzᵀ q
+    back = [(n, d, n), (n, n, d), (n, d, n), (n, n, d), (n, n, d)]
+    adds = sum(math.prod(product) for product in (back if backward else forward))
     operations = sum(2 * adds for _ in range(b * h))
     return operations // 2 if causal else operations
 
 
 def _flops_with(
-    products: Callable[[bool, bool], float] = lambda backward, recompute: (
-        (5 if recompute else 4) if backward else 2
-    ),
+    forward: float = 2,
+    back: float = 5,
     one: Callable[..., float] = lambda b, h, n, d: 2 * b * h * n * n * d,
     part: Callable[..., float] = lambda n, causal, backward: 0.5 if causal else 1,
     besides: Callable[..., float] = lambda b, h, n, d, backward: 0,
 ) -> Answer:
     """Products times what one costs, with a factor replaced."""
 
-    def answer(b, h, n, d, causal=False, backward=False, *, recompute=False):
-        count = products(backward, recompute) * one(b, h, n, d) * part(n, causal, backward)
+    def answer(b, h, n, d, causal=False, backward=False):
+        count = (back if backward else forward) * one(b, h, n, d) * part(n, causal, backward)
         return count + besides(b, h, n, d, backward)
 
     return answer
-
-
-def _no_recompute(b, h, n, d, causal=False, backward=False):
-    return cost.attention_flops(b, h, n, d, causal, backward)
 
 
 def _softmax(each: int) -> Answer:
@@ -138,57 +113,36 @@ ATTENTION_FLOPS = Exercise(
         *named(
             "backward counted as forward",
             "Each of the two products of the forward pass has two in the backward pass, one for "
-            "each factor: twice the forward pass, and 2.5 times with the logits made again.",
+            "each factor, and the logits are made again: 2.5 times the forward pass.",
             FLOPS,
-            _flops_with(products=lambda backward, recompute: 2),
-            _flops_with(products=lambda backward, recompute: 3 if recompute else 2),
+            _flops_with(back=2),
+            _flops_with(back=3),
         ),
         *named(
             "recomputation not counted",
-            "A backward pass that has not kept p makes q kᵀ once more: five products, 2.5 times "
-            "the forward pass.",
+            "p was not kept, so q kᵀ is made once more: five products, 2.5 times the forward pass. "
+            "Four, twice the forward pass, are those of a backward pass that kept p.",
             FLOPS,
-            _flops_with(products=lambda backward, recompute: 4 if backward else 2),
+            _flops_with(back=4),
         ),
         *named(
-            "recompute is not an argument",
-            "recompute is an argument given by name, False where nothing is said: "
-            "attention_flops(b, h, n, d, causal, backward, recompute=True).",
+            "three times the forward pass",
+            "Six products are the forward pass and a backward pass that kept p, or a backward pass "
+            "that makes p v again too. The backward pass alone has five: the output is there.",
             FLOPS,
-            _no_recompute,
-        ),
-        *named(
-            "recomputation always counted",
-            "Where p was kept, the backward pass has four products, twice the forward pass; the "
-            "fifth comes with recompute=True.",
-            FLOPS,
-            _flops_with(products=lambda backward, recompute: 5 if backward else 2),
-        ),
-        *named(
-            "the whole forward pass recomputed",
-            "Only the logits are needed again: from them and the log-sum-exp comes p. The output "
-            "is there already.",
-            FLOPS,
-            _flops_with(
-                products=lambda backward, recompute: (6 if recompute else 4) if backward else 2
-            ),
+            _flops_with(back=6),
         ),
         *named(
             "forward added to backward",
             "With backward=True the backward pass alone is asked for.",
             FLOPS,
-            _flops_with(
-                products=lambda backward, recompute: (7 if recompute else 6) if backward else 2
-            ),
-            _flops_with(products=lambda backward, recompute: 6 if backward else 2),
+            _flops_with(back=7),
         ),
         *named(
             "one product forward",
             "Forward there are two: q kᵀ and p v.",
             FLOPS,
-            _flops_with(
-                products=lambda backward, recompute: (5 if recompute else 4) if backward else 1
-            ),
+            _flops_with(forward=1),
         ),
         *named(
             "causal not halved",

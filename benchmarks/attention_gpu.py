@@ -104,26 +104,41 @@ def plain(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, causal: bool) -> to
 
 
 def floors(inputs: Tensors, dout: torch.Tensor, causal: bool) -> list[float]:
-    """What rounding each term twice in float32 may do to out, dq, dk and dv, at the worst entry.
+    """What float32's roundings on the way may do to out, dq, dk and dv, at the worst entry.
 
-    Where terms cancel it is far above the result's own rounding: with one key dq is 0, the
-    difference of two equal sums, which the definition takes in the same order and tiles do not.
+    Twice plain's error leaves no room for them where plain's happens to be small. With one key dq
+    is 0, the difference of two equal sums, which plain takes in the same order and tiles do not.
+    And tiles make a weight again from its logit and the row's log-sum-exp, while plain divides by
+    the sum of the same rounded exponentials.
+
+    With u the unit rounding, d products added one by one are off by u √(d/6) times the terms'
+    length, in standard deviations: each partial sum is rounded, up or down. Of a hundred thousand
+    entries the worst lies 4.8 of them out: 2 u √d times the length. An exponent has two logits in
+    it, its own and that in the log-sum-exp, which may be summed in different orders, and the
+    roundings of both results. Independent errors add in quadrature. Nothing is fitted: beyond
+    twice plain's error the torch and NumPy tiles need up to 0.36 of this, the kernels in the
+    interpreter up to 0.78.
     """
-    q, k, v, up = (x.double() for x in (*inputs, dout))
-    p, scale = weights(q, k, causal), q.shape[-1] ** -0.5
-    # A probability is off by itself times what its logit and the log-sum-exp are off by, and both
-    # are as large as the logit's terms.
-    p_off = p * (1 + 2 * scale * (q.abs() @ k.abs().mT))
-    dp, terms = up @ v.mT, up.abs() @ v.abs().mT
-    centred = (dp - (p * dp).sum(-1, keepdim=True)).abs()
-    dz_off = p_off * centred + p * (terms + (p * terms).sum(-1, keepdim=True))
-    worst_entries = (
-        p_off @ v.abs(),
-        scale * (dz_off @ k.abs()),
-        scale * (dz_off.mT @ q.abs()),
-        p_off.mT @ up.abs(),
+    q, k, v, up = (x.float() for x in (*inputs, dout))
+    scale, u = q.shape[-1] ** -0.5, torch.finfo(torch.float32).eps / 2
+    dot = (2 * u) ** 2 * q.shape[-1]  # times the squared length: a dot product's squared error
+    p, dp, z = weights(q, k, causal), up @ v.mT, scale * (q @ k.mT)
+    delta = (p * dp).sum(-1, keepdim=True)
+    # From the likeliest key, whose p has all its digits: z - log p.
+    largest, at = p.max(-1, keepdim=True)
+    lse = z.gather(-1, at) - largest.clamp_min(u).log()
+    logit = dot * scale**2 * (q.square() @ k.square().mT)
+    exponent = 2 * logit + (u * z).square() + (u * lse).square()
+    p_off = p.square() * exponent
+    dp_off = dot * (up.square() @ v.square().mT + (up * (p @ v)).square().sum(-1, keepdim=True))
+    dz_off = p_off * (dp - delta).square() + p.square() * dp_off
+    squared = (
+        p_off @ v.square(),
+        scale**2 * (dz_off @ k.square()),
+        scale**2 * (dz_off.mT @ q.square()),
+        p_off.mT @ up.square(),
     )
-    return [torch.finfo(torch.float32).eps * x.max().item() for x in worst_entries]
+    return [x.max().sqrt().item() for x in squared]
 
 
 def with_gradients(attend: Attend, inputs: Tensors, dout: torch.Tensor, causal: bool) -> Tensors:

@@ -195,6 +195,7 @@ def test_every_branch_of_the_kernels(shape, causal):
     all_agree(by_triton(case), oracle(case), 2e-5)
 
 
+@pytest.mark.usefixtures("unchecked")  # a thousand calls: half of the time went to their shapes
 @pytest.mark.parametrize("causal", [False, True])
 def test_gradients_equal_finite_differences(causal):
     case = drawn_case(np.random.default_rng(3), 1, 2, 1, 4, 3, 2, 5, causal=causal)
@@ -388,15 +389,16 @@ def test_torchs_memory_may_have_been_poisoned(run):
 
 @each_backend
 def test_two_runs_agree_bit_for_bit(run, rtol):
-    case = drawn_case(np.random.default_rng(14), 1, 4, 2, 35, 50, 8, 8, causal=True)
+    case = drawn_case(np.random.default_rng(14), 1, 2, 1, 35, 50, 8, 8, causal=True)
     for first, second in zip(run(case), run(case), strict=True):
         assert first.tobytes() == second.tobytes()
 
 
+@pytest.mark.usefixtures("unchecked")
 def test_memory_does_not_grow_with_the_length():
-    """Traced bytes beyond inputs, outputs and gradients: a few tiles, at 512 keys and at 2048."""
-    block, beyond = 64, []
-    for n in (512, 2048):
+    """Traced bytes beyond inputs, outputs and gradients: a few tiles, at 256 keys and at 1024."""
+    block, beyond = 32, []
+    for n in (256, 1024):
         case = drawn_case(np.random.default_rng(15), 1, 1, 1, n, n, 8, 8, causal=True)
         tracemalloc.start()
         results = by_numpy(case, block)
@@ -405,7 +407,7 @@ def test_memory_does_not_grow_with_the_length():
         beyond.append(peak)
     assert beyond[1] < 8 * block * block * 8
     # What does grow is delta, one number a query.
-    assert beyond[1] - beyond[0] < 16 * (2048 - 512)
+    assert beyond[1] - beyond[0] < 16 * (1024 - 256)
 
 
 def test_no_tensor_of_torch_is_as_large_as_the_logits():
@@ -461,18 +463,38 @@ def test_integers_become_float64():
 
 
 def within_twice_plain(gpu, case, dtype, run):
-    """The benchmark's protocol, on the CPU: at most twice plain torch's error, and a floor."""
+    """The benchmark's protocol, on the CPU: at most twice plain torch's error, and a floor.
+
+    Plain torch is asked only where the floor alone is passed: in 16 bit tiles round once, at the
+    end, and plain's products in float16 took most of these tests' time.
+    """
     rounded = case | {n: tensor(case[n], dtype).double().numpy() for n in ("q", "k", "v", "dout")}
     inputs, dout = tuple(tensor(case[n], dtype) for n in "qkv"), tensor(case["dout"], dtype)
     got, want = run(rounded), oracle(rounded)
-    plain = gpu.with_gradients(gpu.plain, inputs, dout, case["causal"])
-    floors = gpu.floors(inputs, dout, case["causal"])
+    floors, theirs = gpu.floors(inputs, dout, case["causal"]), None
     for i, name in enumerate(("out", "dq", "dk", "dv")):
         at = (0, 2, 3, 4)[i]
         error = np.abs(got[at] - want[at]).max()
-        theirs = np.abs(plain[i].double().numpy() - want[at]).max()
         floor = floors[i] + torch.finfo(dtype).eps / 2 * np.abs(want[at]).max()
-        assert error <= 2 * theirs + floor, f"{name}: {error:.3g}, {theirs:.3g}, {floor:.3g}"
+        if error <= floor:
+            continue
+        theirs = theirs or gpu.with_gradients(gpu.plain, inputs, dout, case["causal"])
+        plain = np.abs(theirs[i].double().numpy() - want[at]).max()
+        assert error <= 2 * plain + floor, f"{name}: {error:.3g}, {plain:.3g}, {floor:.3g}"
+
+
+@pytest.mark.parametrize("d", [32, 128])
+def test_the_floor_is_needed_and_not_far_above_what_is(gpu, d):
+    """239 queries over one key: dq and dk are 0, and plain torch's are. The tiles' are rounding."""
+    shares = []
+    for seed in range(5):
+        case = drawn_case(np.random.default_rng([seed, d]), 1, 1, 1, 239, 1, d, d)
+        q, k, v, dout = (tensor(case[n], torch.float32) for n in ("q", "k", "v", "dout"))
+        floors = gpu.floors((q, k, v), dout, False)
+        got = by_torch_like(torch_tiles, torch.float32, block=256)(case)
+        assert gpu.with_gradients(gpu.plain, (q, k, v), dout, False)[2].abs().max() == 0
+        shares += [np.abs(got[3]).max() / floors[2], np.abs(got[2]).max() / floors[1]]
+    assert 0.1 < max(shares) < 1, shares
 
 
 LENGTHS = [(1, 239), (3, 799), (127, 513), (1023, 1024)]
@@ -623,19 +645,19 @@ for name, kernel in (("forward", tk._forward), ("keys", tk._backward_keys),
     kinds = POINTERS | dict.fromkeys(fixed, "constexpr") | {"scale": "fp32", "d_scale": "fp32"}
     signature = {n: kinds.get(n, "i32") for n in kernel.arg_names}
     source = ASTSource(fn=kernel, signature=signature, constexprs=fixed)
-    made = triton.compile(source, target=GPUTarget("cuda", CC, 32), options={"num_warps": 8})
-    print(name, len(made.asm["cubin"]), made.metadata.shared)
+    for card in (80, 90):
+        made = triton.compile(source, target=GPUTarget("cuda", card, 32), options={"num_warps": 8})
+        print(name, card, len(made.asm["cubin"]), made.metadata.shared)
 """
 
 
-@pytest.mark.parametrize("capability", [80, 90])
-def test_the_kernels_compile_for_a_gpu(capability, monkeypatch):
+def test_the_kernels_compile_for_two_gpus(monkeypatch):
     """To machine code, with the compiler that triton carries: no card is needed for that."""
     monkeypatch.delenv("TRITON_INTERPRET")
-    lines = run_script(COMPILE.replace("CC", str(capability))).split("\n")[:3]
-    assert [line.split()[0] for line in lines] == ["forward", "keys", "queries"]
-    for line in lines:
-        _, size, shared = line.split()
+    lines = [line.split() for line in run_script(COMPILE).splitlines()]
+    names = [(name, card) for name, card, *_ in lines]
+    assert names == [(n, c) for n in ("forward", "keys", "queries") for c in ("80", "90")]
+    for _, _, size, shared in lines:
         assert int(size) > 10_000
         # What a block of threads may have on an A100.
         assert int(shared) <= 163 * 1024

@@ -8,6 +8,8 @@ from pathlib import Path
 # and a matrix product that waits for a core it does not get takes ten times as long.
 os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")
 os.environ.setdefault("OMP_NUM_THREADS", "1")
+# Triton reads this when it is imported, which parts of torch do too: its kernels run on the CPU.
+os.environ["TRITON_INTERPRET"] = "1"
 
 import hypothesis
 import jaxtyping

@@ -33,18 +33,8 @@ from attn_lessons.flash import numpy_tiles, torch_tiles
 from attn_lessons.flash.numpy_tiles import flash_backward, flash_forward, merge_softmax_blocks
 from attn_lessons.gradcheck import numerical_vjp
 
-# Read where kernels are decorated and where they are launched. Other tests do without.
-with pytest.MonkeyPatch.context() as patch:
-    patch.setenv("TRITON_INTERPRET", "1")
-    triton_kernel = pytest.importorskip("attn_lessons.flash.triton_kernel")
-
-
-@pytest.fixture(autouse=True, scope="module")
-def interpreter():
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setenv("TRITON_INTERPRET", "1")
-        yield
-
+# In the interpreter: conftest.py says so before anything imports triton.
+triton_kernel = pytest.importorskip("attn_lessons.flash.triton_kernel")
 
 EXACT = 1e-10
 INF, NAN = np.inf, np.nan

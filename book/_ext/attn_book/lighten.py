@@ -19,6 +19,8 @@ SEARCH_SCRIPT = re.compile(
     r'\s*<script src="[^"]*(?:searchtools|language_data|searchindex)\.js[^"]*"></script>'
 )
 TABS_SCRIPT = re.compile(r'\s*<script src="[^"]*design-tabs\.js[^"]*"></script>')
+# A name's full path, which is in the link, and in its preview.
+LINK_TITLE = re.compile(r'(<a class="sphinx-codeautolink-a" href="[^"]*") title="[^"]*"')
 PICTURE = re.compile(r'<img (?![^>]*loading=)(?=[^>]*src="([^"]*_images/[^"]+\.png)")')
 
 
@@ -35,6 +37,7 @@ def sized(page: Path, match: re.Match[str]) -> str:
 def lighten_page(page: Path) -> None:
     before = text = page.read_text(encoding="utf-8")
     text = PLAIN_SPAN.sub(r"\1", text)
+    text = LINK_TITLE.sub(r"\1", text)
     if page.name != "search.html":
         text = SEARCH_SCRIPT.sub("", text)
     if "sd-tab-set" not in text:

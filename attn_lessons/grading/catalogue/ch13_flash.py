@@ -1000,6 +1000,19 @@ def _inverted(total: bool, started: bool) -> dict[str, Step]:
     return steps | ({"add": _started} if started else {})
 
 
+def _inverted_by_row(total: bool) -> dict[str, Step]:
+    """The inverse, and 0 in a row that has seen nothing yet."""
+
+    def add(m, sums, o, z, v_j, seen, do):
+        new = np.maximum(m, z.max(axis=-1, keepdims=True))
+        p = np.exp(z - do["guard"](new))
+        inverse = np.where(np.isneginf(m), 0, np.exp(new - m))
+        factor = inverse if total else np.exp(m - do["guard"](new))
+        return new, factor * sums + p.sum(axis=-1, keepdims=True), inverse * o + p @ v_j
+
+    return {"add": add}
+
+
 def _first_max(m, z, seen):
     """The first block's maximum, for good."""
     return np.where(m == -INF, z.max(axis=-1, keepdims=True), m)
@@ -1139,6 +1152,7 @@ FORWARD_MISTAKES: tuple[Mistake, ...] = (
             for started in (True, False)
             for answer in _forwards(**_inverted(total, started))
         ),
+        *(answer for total in (False, True) for answer in _forwards(**_inverted_by_row(total))),
     ),
     *named(
         "max not carried",

@@ -91,8 +91,8 @@ def block_flops(
     .. math:: 8\,b n c^2 + 4\,b n^2 c + 4\,b n c f
 
     forward; backward twice as much, and another 2 b n² c for the logits
-    where p was not kept (``recompute``). The number of heads does not enter: h heads
-    of width c/h cost as much as one of width c.
+    where p was not kept (``recompute``). The number of heads does not
+    enter: h heads of width c/h cost as much as one of width c.
 
     Shapes: x ``(b, n, c)``, hidden ``(b, n, f)``.
 

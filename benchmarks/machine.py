@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import argparse
 import json
 import os
 import platform
 import statistics
-from collections.abc import Sequence
+import sys
+import time
+from collections.abc import Callable, Mapping, Sequence
 from datetime import UTC, datetime
 from importlib import metadata
 from pathlib import Path
@@ -65,3 +68,31 @@ def write(name: str, result: dict[str, Any], *packages: str, where: dict[str, An
     path.write_text(json.dumps(head | result, indent=2) + "\n", encoding="utf-8")
     print(f"{path}\n{json.dumps(result, indent=2)}")
     return path
+
+
+def run_parts(
+    name: str,
+    parts: Mapping[str, Callable[[bool], dict[str, Any]]],
+    packages: Sequence[str],
+    about: str | None,
+) -> None:
+    """A script's command line: ``[PART ...] [--quick]``; each part keeps the others' numbers."""
+    parser = argparse.ArgumentParser(description=about)
+    parser.add_argument("parts", nargs="*", help=f"some of {', '.join(parts)}; all when none")
+    parser.add_argument("--quick", action="store_true", help="a little of each, nothing written")
+    options = parser.parse_args()
+    if unknown := sorted(set(options.parts) - set(parts)):
+        parser.error(f"no such part: {', '.join(unknown)}")
+    for each in options.parts or parts:
+        where = machine() | {"threads": 1}
+        begun = time.perf_counter()
+        found = parts[each](options.quick)
+        found |= {"took_seconds": round(time.perf_counter() - begun), "load": where["load_before"]}
+        print(f"{each}: {found['took_seconds']} s", file=sys.stderr, flush=True)
+        if options.quick:
+            print(json.dumps(found)[:300])
+            continue
+        path = RESULTS / f"{name}.json"
+        held = json.loads(path.read_text(encoding="utf-8")) if path.exists() else {}
+        held |= {each: found}
+        write(name, {part: held[part] for part in parts if part in held}, *packages, where=where)

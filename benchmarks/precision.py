@@ -31,10 +31,8 @@ import os
 os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 
-import argparse
 import functools
 import itertools
-import json
 import math
 import statistics
 import time
@@ -616,34 +614,6 @@ PARTS: dict[str, Callable[[bool], Result]] = {
 }
 
 
-def known() -> Result:
-    """The parts that were measured before, without what ``write`` puts above them."""
-    path = machine.RESULTS / f"{NAME}.json"
-    held = json.loads(path.read_text(encoding="utf-8")) if path.exists() else {}
-    return {name: held[name] for name in PARTS if name in held}
-
-
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("parts", nargs="*", help=f"some of {', '.join(PARTS)}; all when none")
-    parser.add_argument("--quick", action="store_true", help="a little of each, nothing written")
-    options = parser.parse_args()
-    if unknown := sorted(set(options.parts) - set(PARTS)):
-        parser.error(f"no such part: {', '.join(unknown)}")
-    torch.set_num_threads(1)
-    for name in options.parts or PARTS:
-        where = machine.machine() | {"threads": 1}
-        begun = time.perf_counter()
-        part = PARTS[name](options.quick)
-        part |= {"took_seconds": round(time.perf_counter() - begun), "load": where["load_before"]}
-        note(f"{name}: {part['took_seconds']} s")
-        if options.quick:
-            print(json.dumps(part)[:300])
-            continue
-        parts = known() | {name: part}
-        ordered = {each: parts[each] for each in PARTS if each in parts}
-        machine.write(NAME, ordered, "attn-lessons", "numpy", "torch", where=where)
-
-
 if __name__ == "__main__":
-    main()
+    torch.set_num_threads(1)
+    machine.run_parts(NAME, PARTS, ("attn-lessons", "numpy", "torch"), __doc__)
